@@ -1,0 +1,781 @@
+"""What the method scripts share and none of them is about: processes, flags, pictures, the learning
+rate, checkpoints, the log, k-NN. Models, masks, losses and the training loop are in the scripts.
+
+    python common.py shrink FOLDER SMALL_FOLDER --size 256        # a small, fast copy of a data set
+"""
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import datetime
+import difflib
+import inspect
+import io
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+import typing
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw                                      # comes with torchvision
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torchvision import datasets
+from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
+from torchvision.transforms import v2
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # ImageNet's, for every data set
+
+
+# -------------------------------------------------------------------------------------- processes
+class UserError(Exception):
+    """Something the user can mend; `launched` prints it as one line, without a traceback."""
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))               # RANK, LOCAL_RANK, WORLD_SIZE: torchrun's
+
+
+def world() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def say(*words):
+    """Print on the first process, above the progress bar where there is one."""
+    if rank() == 0:
+        tqdm.write(" ".join(map(str, words)))
+
+
+@contextlib.contextmanager
+def launched():
+    """Around a command: a user's mistake ends in one line and exit status 2, Ctrl-C in 130."""
+    try:
+        yield
+    except UserError as error:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:    # once a machine: it may be this one's disk
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        if rank() == 0:
+            print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def start(seed: int) -> torch.device:
+    """Join torchrun's processes (nccl on GPUs, gloo on CPUs), seed, return this one's device."""
+    cuda = torch.cuda.is_available()
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if world() > 1 and not dist.is_initialized():        # a long time-out: rank 0 may download
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
+    torch.manual_seed(seed)
+    return device
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """The body runs on the first process, then on the others, which find what it downloaded."""
+    if world() > 1 and rank() > 0:
+        dist.barrier()
+    yield
+    if world() > 1 and rank() == 0:
+        dist.barrier()
+
+
+def mix(*numbers: int) -> int:
+    """Several numbers -> one 32-bit seed (torch's CPU generator drops the high half of a seed)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def uniform(cfg, step: int, width: int, device) -> torch.Tensor:
+    """Noise in [0, 1) for one step: (accumulate, pictures per process and pass, width).
+
+    It is cut from one draw for the global batch, in the order in which DistributedSampler deals
+    the pictures out, so a picture meets the same noise whatever the number of processes."""
+    generator = torch.Generator(device).manual_seed(mix(cfg.seed, step))
+    noise = torch.rand(cfg.batch_size, width, generator=generator, device=device)
+    return noise.view(cfg.accumulate, -1, world(), width)[:, :, rank()]
+
+
+# ------------------------------------------------------------------------------------------ flags
+def parse(config, presets: dict, argv=None, description: str = ""):
+    """An instance of the dataclass `config` from the command line: flag over preset over default.
+
+    Each field is a flag (`base_lr`: --base-lr; a bool: also --no-...) and the comment behind it is
+    the flag's help. The preset is --preset, else --data, else "folder". Raises UserError."""
+    helps = dict(re.findall(r"^    (\w+):.*?# *(.+)$", inspect.getsource(config), re.M))
+    kinds = typing.get_type_hints(config)
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise UserError(f"{message} (--help lists the flags)")
+
+    parser = Parser(description=description, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in dataclasses.fields(config):
+        kind, flag = kinds[field.name], "--" + field.name.replace("_", "-")
+        text = f"{helps[field.name]} (default: {field.default!r})".replace("%", "%%")
+        how = {"default": argparse.SUPPRESS, "help": text}
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **how)
+        elif typing.get_origin(kind) is typing.Literal:
+            parser.add_argument(flag, choices=typing.get_args(kind), **how)
+        else:
+            parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), **how)
+    argv = sys.argv[1:] if argv is None else argv
+    argv = [re.sub(r"^--[\w-]+", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = parser._option_string_actions
+        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
+        hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
+        raise UserError(f"unknown argument {unknown[0]}; {hint}")
+    given = vars(given)
+    if given.get("preset", "folder") not in presets:
+        raise UserError(f"no preset {given['preset']}; there are {', '.join(presets)}")
+    name = given.get("preset") or given.get("data", config.data)
+    name = name if name in presets else "folder"
+    return config(**{**presets[name], **given, "preset": name})
+
+
+def plan(cfg, pictures: int) -> tuple[int, float]:
+    """(steps per epoch, peak learning rate = base * global batch / 256), checked and printed.
+
+    An epoch's last, incomplete batch is dropped. Raises UserError on sizes that do not fit."""
+    parts = world() * cfg.accumulate
+    if cfg.batch_size < 1 or cfg.batch_size % parts:
+        raise UserError(f"--batch-size {cfg.batch_size} (all processes together) does not divide by "
+                        f"{world()} processes x --accumulate {cfg.accumulate}; try "
+                        f"--batch-size {max(1, round(cfg.batch_size / parts)) * parts}")
+    if pictures < cfg.batch_size:
+        raise UserError(f"{pictures} pictures make no batch of {cfg.batch_size}; "
+                        f"use --batch-size {pictures} or less")
+    steps, peak = pictures // cfg.batch_size, cfg.base_lr * cfg.batch_size / 256
+    say(f"global batch {cfg.batch_size} = {cfg.batch_size // parts} per process x {cfg.accumulate} "
+        f"accumulation x {world()} processes; {cfg.epochs} epochs x {steps} steps")
+    say(f"peak learning rate {peak:g} = {cfg.base_lr:g} x {cfg.batch_size} / 256")
+    return steps, peak
+
+
+def learning_rate(step: float, warmup: float, total: float, peak: float, minimum: float = 0.0):
+    """Linear warm-up from 0 to `peak`, then half a cosine down to `minimum`; any unit of time."""
+    if step < warmup:
+        return peak * step / warmup
+    cosine = float(np.cos(np.pi * (step - warmup) / (total - warmup)))
+    return minimum + (peak - minimum) * 0.5 * (1 + cosine)
+
+
+def parameter_groups(model, weight_decay: float) -> list[dict]:
+    """Two groups for AdamW: vectors (biases, normalisation) are not decayed, all else is."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return [{"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
+            {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0}]
+
+
+# --------------------------------------------------------------------------------------- pictures
+class Pictures(Dataset):
+    """Pictures with labels, in memory or decoded from files when asked for.
+
+    source: uint8 tensor (n, 3, H, W) or list of paths; labels: n ints or None; transform: picture
+    -> picture, drawing on torch's generator. An item is asked for as (epoch, index) and is
+    (picture uint8 (3, H, W), label or -1, index); it depends on (seed, epoch, index) alone.
+    For a picture that cannot be read, the next one steps in; `broken` (n,) remembers it."""
+
+    def __init__(self, source, labels=None, seed: int = 0, transform=None):
+        files = None if torch.is_tensor(source) else np.array([os.fsencode(p) for p in source])
+        self.source = source if files is None else files     # an array: workers share its memory
+        self.labels = np.full(len(source), -1) if labels is None else np.asarray(labels)
+        self.seed, self.transform = seed, transform
+        self.broken = torch.zeros(len(source), dtype=torch.bool).share_memory_()
+
+    def __len__(self):
+        return len(self.source)
+
+    def read(self, index: int) -> torch.Tensor:
+        """Picture `index` as uint8 (3, H, W). Raises OSError if it cannot be read."""
+        if torch.is_tensor(self.source):
+            return self.source[index]
+        return decode(Path(os.fsdecode(self.source[index])).read_bytes())
+
+    def readable(self, index: int) -> bool:
+        with contextlib.suppress(OSError):
+            return self.read(index) is not None
+        return False
+
+    def __getitem__(self, key):
+        epoch, index = key
+        while True:
+            try:
+                picture = self.read(index)
+                break
+            except OSError as error:
+                if not self.broken[index]:
+                    name = os.fsdecode(self.source[index])
+                    print(f"skipped, cannot be read: {name} ({error})", file=sys.stderr)
+                self.broken[index] = True
+                if self.broken.all():
+                    raise
+                index = (index + 1) % len(self)
+        if self.transform:
+            state = torch.get_rng_state()                # without workers it is the trainer's own
+            torch.default_generator.manual_seed(mix(self.seed, epoch, index))
+            picture = self.transform(picture)
+            torch.set_rng_state(state)
+        return picture, int(self.labels[index]), index
+
+
+def decode(data: bytes) -> torch.Tensor:
+    """The bytes of a picture file -> uint8 (3, H, W). Raises OSError if they are no picture.
+
+    JPEG by torchvision, faster than Pillow; every other format by Pillow."""
+    try:
+        if data[:2] == b"\xff\xd8":
+            data = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            return decode_jpeg(data, mode=ImageReadMode.RGB)
+        with Image.open(io.BytesIO(data)) as image:
+            return v2.functional.pil_to_tensor(image.convert("RGB"))
+    except Exception as error:                           # a damaged file can raise nearly anything
+        raise OSError(str(error).splitlines()[0].split(", ")[-1]) from error
+
+
+def augment(size: int, scale: float):
+    """MAE's: a crop of `scale` to 1 of the area (1: the centre) made size x size, and a flip."""
+    crop = v2.RandomResizedCrop(size, (scale, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
+    return v2.Compose([crop if scale < 1 else centre(size), v2.RandomHorizontalFlip()])
+
+
+def centre(size: int):
+    """For evaluation: the centre, size x size; large pictures are first shrunk to size / 0.875."""
+    def transform(picture):
+        short = max(size, min(*picture.shape[-2:], round(size / 0.875)))
+        picture = v2.functional.resize(picture, [short], v2.InterpolationMode.BICUBIC)
+        return v2.functional.center_crop(picture, [size])
+    return transform
+
+
+def to_device(pictures: torch.Tensor, device) -> torch.Tensor:
+    """uint8 (B, 3, H, W) -> normalised float32 there: a quarter of the bytes travel."""
+    mean, std = (255 * torch.tensor(v).view(3, 1, 1).to(device, non_blocking=True) for v in (MEAN, STD))
+    return (pictures.to(device, non_blocking=True) - mean) / std
+
+
+class Batches(Sampler):
+    """This process's share of the global batches of steps first ... last - 1: lists of (epoch, index).
+
+    The order is DistributedSampler's: a function of (seed, epoch), dealt out in turn."""
+
+    def __init__(self, cfg, pictures: int, first: int, last: int):
+        self.cfg, self.first, self.last = cfg, first, last
+        self.steps_per_epoch = pictures // cfg.batch_size
+        self.dealer = DistributedSampler(range(pictures), world(), rank(), seed=cfg.seed, drop_last=True)
+
+    def __len__(self):
+        return (self.last - self.first) * self.cfg.accumulate
+
+    def __iter__(self):
+        size = self.cfg.batch_size // (world() * self.cfg.accumulate)
+        for i in range(self.first * self.cfg.accumulate, self.last * self.cfg.accumulate):
+            epoch, position = divmod(i, self.steps_per_epoch * self.cfg.accumulate)
+            if position == 0 or i == self.first * self.cfg.accumulate:
+                self.dealer.set_epoch(epoch)
+                order = list(self.dealer)
+            yield [(epoch, index) for index in order[position * size:(position + 1) * size]]
+
+
+def loader(pictures: Pictures, batches, workers: int) -> DataLoader:
+    """Batches (pictures uint8 (B, 3, H, W), labels (B), indices (B)) from lists of (epoch, index)."""
+    workers = min(workers, max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return DataLoader(pictures, batch_sampler=batches, num_workers=workers,
+                      pin_memory=torch.cuda.is_available(), worker_init_fn=_leave_ctrl_c_to_parent,
+                      prefetch_factor=4 if workers else None)
+
+
+def _leave_ctrl_c_to_parent(worker: int):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def autocast(device, precision: str):
+    """bf16 matrix products on a GPU that has them, fp32 elsewhere and on request; never fp16."""
+    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda"
+                                   and torch.cuda.is_bf16_supported())
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+# -------------------------------------------------------------------------------------- data sets
+class Data(typing.NamedTuple):
+    """pretrain: all there is to train on; train, test: labelled, or None; classes: their names."""
+    pretrain: Pictures
+    train: Pictures | None
+    test: Pictures | None
+    classes: list
+
+
+def open_data(name: str, root: str, seed: int = 0) -> Data:
+    """shapes, cifar10, cifar100, stl10, tiny-imagenet, imagenet (under `root`), or a folder.
+
+    A folder holds train/ and val/ (or test/), each with class folders; or class folders, of which
+    every tenth picture is kept for testing; or just pictures. Raises UserError."""
+    if name == "shapes":
+        drawn = [shapes("train", np.arange(10_000)), shapes("test", np.arange(2_000))]
+        train, test = (Pictures(torch.from_numpy(s["picture"]), s["shape"], seed) for s in drawn)
+        return Data(train, train, test, list(SHAPES))
+    if name in ("cifar10", "cifar100", "stl10"):
+        return open_torchvision(name, root, seed)
+    if name == "imagenet":
+        return open_folder(_where(root, "imagenet", "ILSVRC/Data/CLS-LOC", ""), seed)
+    if name == "tiny-imagenet":
+        return open_folder(_where(root, "tiny-imagenet-200", "tiny-imagenet", ""), seed)
+    return open_folder(Path(name), seed)
+
+
+def _where(root: str, *places: str) -> Path:
+    for folder in (Path(root, place) for place in places):
+        if (folder / "train").is_dir() and (folder / "val").is_dir():
+            return folder
+    raise UserError(f"no train/ and val/ in {Path(root, places[0])}; put the data there, or say with "
+                    "--data-root where it is")
+
+
+def open_torchvision(name: str, root: str, seed: int) -> Data:
+    """CIFAR-10, CIFAR-100 or STL-10, downloaded if need be. Raises UserError if that fails."""
+    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "stl10": datasets.STL10}[name]
+    parts = ("train+unlabeled", "train", "test") if name == "stl10" else (True, True, False)
+    try:
+        with first_process_first():
+            sets = [kind(root, part, download=True) for part in parts]
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{name} is not in {root} and cannot be downloaded ({error}); fetch "
+                        f"{kind.url} yourself, put it there, and start again") from error
+    if name == "stl10":                                  # pre-training sees labelled and unlabelled
+        return Data(Pictures(torch.from_numpy(sets[0].data), None, seed),
+                    *(Pictures(torch.from_numpy(s.data), s.labels, seed) for s in sets[1:]), sets[1].classes)
+    return Data(*(Pictures(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), s.targets, seed)
+                  for s in sets), sets[1].classes)
+
+
+def open_folder(folder: Path, seed: int) -> Data:
+    """The folders of `open_data`. Raises UserError if there is no folder or no readable picture."""
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}; --data is a folder of pictures or one of shapes, cifar10, "
+                        "cifar100, stl10, tiny-imagenet, imagenet")
+    top = folder / "train" if (folder / "train").is_dir() else folder
+    classes = sorted(p.name for p in top.iterdir() if p.is_dir())
+    files, labels = _listed(top, classes)
+    everything = Pictures(files, labels, seed)
+    if not any(everything.readable(i) for i in range(len(files))):
+        raise UserError(f"no readable picture in {top} or in its folders ({len(files)} files tried)")
+    if not classes:
+        return Data(everything, None, None, [])
+    val = next((folder / v for v in ("val", "test") if top != folder and (folder / v).is_dir()), None)
+    if val:
+        return Data(everything, everything, Pictures(*_listed(val, classes), seed), classes)
+    say(f"{top} has no val/ beside it: every tenth picture is kept for testing")
+    kept = np.arange(len(files)) % 10 == 9
+    train, test = (Pictures(files[k], labels[k], seed) for k in (~kept, kept))
+    return Data(everything, train, test, classes)
+
+
+def _listed(folder: Path, classes: list) -> tuple[np.ndarray, np.ndarray | None]:
+    """Paths and labels of the pictures in `folder`: in class folders, in Tiny ImageNet's or Kaggle's
+    flat val/ with a list beside it, or, without classes, directly and unlabelled."""
+    endings, number = datasets.folder.IMG_EXTENSIONS, {c: i for i, c in enumerate(classes)}
+    tiny = folder / "val_annotations.txt"
+    kaggle = next((p for p in (q / "LOC_val_solution.csv" for q in folder.resolve().parents) if p.is_file()), None)
+    below = [p.name for p in folder.iterdir() if p.is_dir()]
+    if tiny.is_file():                                   # "val_0.JPEG<tab>n03444034<tab>0<tab>32..."
+        rows = [line.split("\t")[:2] for line in tiny.read_text().splitlines()]
+        pairs = [(str(folder / "images" / file), number[wnid]) for file, wnid in rows]
+    elif not classes:
+        pairs = [(str(p), -1) for p in sorted(folder.iterdir()) if p.suffix.lower() in endings]
+    elif kaggle and not below:                           # "ILSVRC2012_val_00048981,n03995372 85 1..."
+        rows = [re.split("[, ]", line)[:2] for line in kaggle.read_text().splitlines()[1:]]
+        pairs = [(str(folder / f"{file}.JPEG"), number[wnid]) for file, wnid in rows]
+    elif sorted(below) != classes:
+        raise UserError(f"{folder} has other classes than the training pictures: "
+                        f"{sorted(set(below) ^ set(classes))[:5]}")
+    else:
+        pairs = datasets.folder.make_dataset(str(folder), number, endings, allow_empty=True)
+    return np.array([os.fsencode(p) for p, _ in pairs]), np.array([c for _, c in pairs])
+
+
+# ------------------------------------------------------------------------ shapes, the embedded data
+COLOURS = {"red": (220, 40, 40), "orange": (240, 140, 30), "yellow": (235, 220, 50), "green": (50, 170, 60),
+           "cyan": (60, 200, 210), "blue": (50, 80, 220), "purple": (140, 60, 180), "pink": (245, 140, 190)}
+SHAPES = {                                               # signed distances; the picture's y points down
+    "circle": lambda x, y: np.hypot(x, y) - 0.9,
+    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.7) - 0.22,
+    "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) - 0.78,
+    "triangle": lambda x, y: np.maximum(0.866 * np.abs(x) - 0.5 * y, y) - 0.5,
+    "cross": lambda x, y: np.minimum(np.maximum(np.abs(x) - 0.3, np.abs(y) - 0.95),
+                                     np.maximum(np.abs(x) - 0.95, np.abs(y) - 0.3)),
+    "star": lambda x, y: 0.6 * (np.hypot(x, y) - 0.42 - 0.58 * np.abs(1 - 2 * (np.arctan2(x, y) / 1.2566 % 1))),
+    "crescent": lambda x, y: np.maximum(np.hypot(x, y) - 0.95, 0.75 - np.hypot(x - 0.5, y)),
+    "bar": lambda x, y: np.maximum(np.abs(x) - 0.95, np.abs(y) - 0.36)}
+CAPTIONS = ("{a} {colour} {shape}", "a picture of {a} {colour} {shape}", "this {shape} is {colour}",
+            "here is {a} {colour} {shape}", "a {shape} drawn in {colour}", "the {shape} has the colour {colour}")
+# Colour-shape pairs that a caption task never trains on. Each of these colours is kept out with two
+# shapes and each shape with at most two colours, so knowing the colour does not tell the pair.
+HELD_OUT = [(colour, (colour + step) % 8) for colour in range(6) for step in (0, 4)]
+
+
+def hashed(stream: int, index: np.ndarray, count: int) -> np.ndarray:
+    """uint64 (len(index), count) of random bits that depend on (stream, index) alone: splitmix64."""
+    x = index.astype(np.uint64)[:, None] * np.uint64(count) + np.arange(count, dtype=np.uint64)
+    x = (x + (np.uint64(stream) << np.uint64(56)) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    return x ^ (x >> np.uint64(31))
+
+
+def shapes(split: str, index: np.ndarray) -> dict:
+    """32 x 32 pictures of one object on a textured ground; number i of a split is always the same.
+
+    picture uint8 (n, 3, 32, 32); mask bool (n, 32, 32), True on the object; shape (the class),
+    colour, background int (n,); x, y, radius in pixels, angle in radians (n,); caption: n strings
+    that name colour and shape and nothing else."""
+    chunks = np.array_split(np.asarray(index), max(1, len(index) // 256))        # fits the caches
+    drawn = [_draw({"train": 0, "test": 1}[split], chunk) for chunk in chunks]
+    return {name: np.concatenate([d[name] for d in drawn]) for name in drawn[0]}
+
+
+def _draw(split: int, index: np.ndarray) -> dict:
+    u = (hashed(split, index, 18) >> np.uint64(40)).astype(np.float32) / 2 ** 24   # [0, 1)
+    shape, colour, background = (8 * u[:, 0]).astype(int), (8 * u[:, 1]).astype(int), (4 * u[:, 2]).astype(int)
+    radius, angle, x, y = 10 + u[:, 3], 0.2 * u[:, 6] - 0.1, 6.5 + 18 * u[:, 4], 6.5 + 18 * u[:, 5]
+
+    def turned(cx, cy, angle):                           # coordinates of the pixels, (n, 32, 32) each
+        dx, dy = (np.arange(32, dtype=np.float32) - c[:, None] for c in (cx, cy))
+        cos, sin = np.cos(angle)[:, None, None], np.sin(angle)[:, None, None]
+        return cos * dx[:, None, :] + sin * dy[:, :, None], cos * dy[:, :, None] - sin * dx[:, None, :]
+
+    px, py = (p / radius[:, None, None] for p in turned(x, y, angle))
+    gx, gy = turned(np.full_like(x, 15.5), np.full_like(y, 15.5), 2 * np.pi * u[:, 7])
+    wave, phase = 0.15 + 0.6 * u[:, 8, None, None], 2 * np.pi * u[:, 9, None, None]
+    distance, ground = np.empty_like(px), np.zeros_like(gx)                     # background 0: plain
+    for number, signed_distance in enumerate(SHAPES.values()):
+        of = shape == number
+        distance[of] = signed_distance(px[of], py[of]) * radius[of, None, None]
+    of = background == 1                                                        # a ramp
+    ground[of] = gx[of] / 16
+    of = background == 2                                                        # stripes
+    ground[of] = np.sin(1.5 * wave[of] * gx[of] + phase[of])
+    of = background == 3                                                        # blobs
+    ground[of] = np.sin(wave[of] * gx[of] + phase[of]) * np.sin(wave[of] * gy[of] + 2 * phase[of])
+    ground = 0.25 + 0.5 * u[:, 10, None, None] + 0.3 * (u[:, 11, None, None] - 0.5) * ground
+    paint = np.array(list(COLOURS.values()), np.float32)[colour] / 255 + 0.2 * (u[:, 12:15] - 0.5)
+    cover = np.clip(0.5 - distance, 0, 1)[:, None]                              # a smooth edge
+    noise = hashed(2 + split, index, 384).view(np.uint8).reshape(-1, 3, 32, 32)
+    picture = 255 * (ground[:, None] * (1 - cover) + paint[:, :, None, None] * cover) + noise * 0.07 - 9
+    names, colours, order = list(SHAPES), list(COLOURS), (len(CAPTIONS) * u[:, 15]).astype(int)
+    caption = [CAPTIONS[o].format(a="an" if colours[c] == "orange" else "a", colour=colours[c], shape=names[s])
+               for o, c, s in zip(order, colour, shape)]
+    return {"picture": np.clip(picture, 0, 255).astype(np.uint8), "mask": cover[:, 0] > 0.5, "shape": shape,
+            "colour": colour, "background": background, "x": x, "y": y, "radius": radius, "angle": angle,
+            "caption": np.array(caption)}
+
+
+# -------------------------------------------------------------------------------------------- run
+FREE = {"output", "data_root", "preset", "workers", "accumulate", "compile", "resume", "max_steps",
+        "save_every", "log_every", "knn_pictures"}       # what may differ when a run goes on
+
+
+class Run:
+    """A run's folder (config.json, metrics.jsonl, checkpoint.pt, pictures), progress bar and end.
+
+    Where the folder holds a checkpoint, it is loaded; `first` is the step to go on from, `last`
+    the one to stop before. Raises UserError if the checkpoint is another configuration's."""
+
+    def __init__(self, method: str, cfg, model, optimizer, steps_per_epoch: int):
+        self.method, self.cfg, self.model, self.optimizer = method, cfg, model, optimizer
+        self.folder, self.device = Path(cfg.output), next(model.parameters()).device
+        self.steps_per_epoch, self.total = steps_per_epoch, cfg.epochs * steps_per_epoch
+        self.first, self.last = 0, min(cfg.max_steps or self.total, self.total)
+        self.window, self.epoch_losses, self.loss, self.damaged = [], [], None, []
+        say("configuration: " + ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(cfg).items()))
+        state = self.load() if cfg.resume else None
+        if state:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            self.first, self.loss, self.epoch_losses = state["step"], state["loss"], state["epoch_losses"]
+            say(f"going on from step {self.first} of {self.total} (--no-resume starts afresh)")
+        if world() > 1:
+            firsts = [None] * world()
+            dist.all_gather_object(firsts, self.first)
+            if len(set(firsts)) > 1:
+                raise UserError(f"the processes see different checkpoints, of steps {sorted(set(firsts))}; "
+                                "--output must be on a file system that all machines share")
+        if rank() == 0:
+            self.begin_files(state)
+
+    def begin_files(self, state: dict | None):
+        """Write config.json, and cut metrics.jsonl where the checkpoint was taken."""
+        about = {"method": self.method, "config": dataclasses.asdict(self.cfg), "processes": world(),
+                 "torch": torch.__version__, "device": str(self.device)}
+        metrics, kept = self.folder / "metrics.jsonl", []
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "config.json").write_text(json.dumps(about, indent=1) + "\n")
+            if state and metrics.exists():
+                for line in metrics.read_text().splitlines():
+                    with contextlib.suppress(json.JSONDecodeError):     # a line that a kill cut short
+                        if json.loads(line)["step"] <= self.first:
+                            kept.append(line + "\n")
+            metrics.write_text("".join(kept))
+        except OSError as error:
+            raise UserError(f"cannot write to {self.folder} ({error.strerror}); --output says where") from error
+
+    def load(self) -> dict | None:
+        """The newest checkpoint that can be read, None if there is none."""
+        found = [self.folder / name for name in ("checkpoint.pt", "checkpoint.previous.pt")]
+        found = [path for path in found if path.exists()]
+        for path in found:
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as error:                   # zip, pickle or torch: it depends on the damage
+                say(f"{path} is damaged ({str(error).splitlines()[0]}); trying the one before it")
+                self.damaged.append(path)
+                continue
+            differ = [f"{name}: {state['config'].get(name)!r} there, {value!r} here"
+                      for name, value in dataclasses.asdict(self.cfg).items()
+                      if name not in FREE and state["config"].get(name) != value]
+            if differ:
+                raise UserError(f"{path} is of another configuration ({'; '.join(differ)}); "
+                                "--no-resume starts afresh, --output NEW_FOLDER keeps both")
+            return state
+        if found:
+            raise UserError(f"no checkpoint in {self.folder} can be read; --no-resume starts afresh")
+        return None
+
+    def save(self, step: int):
+        """Write checkpoint.pt and keep the one before it. At any moment of a kill, one is whole."""
+        new, path, previous = (self.folder / f"checkpoint{end}" for end in (".new", ".pt", ".previous.pt"))
+        with open(new, "wb") as file:
+            torch.save({"method": self.method, "config": dataclasses.asdict(self.cfg), "step": step,
+                        "loss": self.loss, "epoch_losses": self.epoch_losses,
+                        "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists() and path not in self.damaged:   # a damaged one must not push out a good one
+            os.replace(path, previous)
+        self.damaged = []
+        os.replace(new, path)
+
+    def steps(self):
+        """The steps first ... last - 1, with a progress bar if the first process has a terminal."""
+        self.began = time.time()
+        self.bar = tqdm(range(self.first, self.last), initial=self.first, total=self.last, unit="step",
+                        leave=False, disable=None if rank() == 0 else True)
+        return self.bar
+
+    def end_step(self, step: int, loss: torch.Tensor, lr: float) -> bool:
+        """Log and save when it is time to; whether an epoch ended.
+
+        loss: a scalar on the device, read every --log-every steps only, all of them at once.
+        Raises UserError if one of them is not finite."""
+        done, self.window = step + 1, self.window + [loss]
+        end_of_epoch = done % self.steps_per_epoch == 0
+        save = end_of_epoch or done == self.last or (self.cfg.save_every and done % self.cfg.save_every == 0)
+        if not save and done % self.cfg.log_every:
+            return False
+        losses = torch.stack(self.window)
+        if world() > 1:
+            dist.all_reduce(losses)
+        losses = (losses / world()).tolist()             # the one place where the host waits
+        for i, value in enumerate(losses):
+            if not np.isfinite(value):
+                raise UserError(
+                    f"the loss is {value} at step {done - len(losses) + i}, learning rate {lr:.3g}; the last good "
+                    f"checkpoint stays in {self.folder}. Try a lower --base-lr, a longer --warmup-epochs or "
+                    "--precision fp32, with another --output")
+        speed = self.cfg.batch_size * len(losses) / (time.time() - self.began)
+        self.loss, self.window, self.epoch_losses = float(np.mean(losses)), [], self.epoch_losses + losses
+        self.write(step=done, loss=self.loss, lr=lr, images_per_s=speed)
+        self.bar.set_postfix_str(f"loss {self.loss:.4f}, lr {lr:.1e}, {speed:,.0f} images/s")
+        if end_of_epoch:
+            mean, self.epoch_losses = float(np.mean(self.epoch_losses)), []
+            self.write(step=done, epoch=done // self.steps_per_epoch, epoch_loss=mean)
+            say(f"epoch {done // self.steps_per_epoch}/{self.cfg.epochs}: loss {mean:.4f}, lr {lr:.2e}, "
+                f"{speed:,.0f} images/s")
+        if save and rank() == 0:
+            self.save(done)
+        self.began = time.time()                         # what is done between steps is not training
+        return end_of_epoch
+
+    def write(self, **values):
+        """Append one line to metrics.jsonl."""
+        if rank() == 0:
+            values = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(values) + "\n")
+
+    def finish(self, encoder: dict, encoders: dict, data: Data) -> dict:
+        """Write encoder.pt ({timm's name: tensor}) and the last line of metrics.jsonl, and return it.
+
+        encoders: {name: images -> features (B, D)}, to be compared by k-NN where there are labels."""
+        broken = data.pretrain.broken.to(self.device, torch.uint8)
+        if world() > 1:
+            dist.all_reduce(broken, dist.ReduceOp.MAX)   # each process met its own
+        result = {"step": max(self.first, self.last), "loss": self.loss, "unreadable": int(broken.sum())}
+        if data.test is not None:
+            result |= {f"knn_{name}": knn_score(encode, data, self.cfg, self.device)
+                       for name, encode in encoders.items()}
+            say(f"k-NN accuracy, {len(data.classes)} classes, {len(data.test)} test pictures: "
+                + ", ".join(f"{name} {result[f'knn_{name}']:.1f} %" for name in encoders))
+        if rank() == 0:
+            torch.save({name: value.cpu() for name, value in encoder.items()}, self.folder / "encoder.pt")
+        self.write(**result)
+        say(f"{result['unreadable']} unreadable pictures; wrote {self.folder}/: checkpoint.pt, encoder.pt "
+            "(timm's names), metrics.jsonl, config.json, *.png")
+        return result
+
+
+# ------------------------------------------------------------------------------------------- k-NN
+@torch.no_grad()
+def features(encode, pictures: Pictures, size: int, device, batch_size: int = 500, workers: int = 0, limit: int = 0):
+    """encode() of the pictures' centres (of at most `limit` of them, evenly spread; 0: of all).
+
+    Each process encodes its share, all get everything: features fp32 (n, D) and labels (n,) on the
+    device, in the order of the pictures. Unreadable pictures are left out."""
+    pictures = copy.copy(pictures)
+    pictures.transform = centre(size)
+    count = min(limit or len(pictures), len(pictures))
+    chosen = np.linspace(0, len(pictures) - 1, count).round().astype(int)
+    mine = np.arange(rank(), count, world())
+    rows = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
+    batches = loader(pictures, [[(0, i) for i in chosen[r]] for r in rows], workers)
+    table, read = None, torch.zeros(count, device=device)
+    for r, (images, _, index) in zip(rows, tqdm(batches, "features", disable=None if rank() == 0 else True, leave=False)):
+        encoded = encode(to_device(images, device)).float()
+        table = encoded.new_zeros(count, encoded.shape[1]) if table is None else table
+        table[r], read[r] = encoded, (index == torch.from_numpy(chosen[r])).float().to(device)
+    if world() > 1:                                      # every row is filled by one process
+        dist.all_reduce(table), dist.all_reduce(read)
+    labels = torch.from_numpy(pictures.labels[chosen]).to(device)
+    return table[read > 0], labels[read > 0]
+
+
+def knn(train, train_labels, test, test_labels, classes: int, k: int = 20, temperature: float = 0.07):
+    """Weighted k-NN (DINO): (top-1, top-5) accuracy in percent, features (n, D), labels (n,).
+
+    The k most similar training features (cosine) vote with exp(similarity / temperature); the
+    largest possible weight is taken out, so nothing overflows. Top-5 counts min(5, k) classes."""
+    train, test, k = F.normalize(train.float(), dim=1), F.normalize(test.float(), dim=1), min(k, len(train))
+    correct = torch.zeros(2)
+    for query, label in zip(test.split(1000), test_labels.split(1000)):
+        similarity, nearest = (query @ train.T).topk(k)                         # (b, k)
+        votes = torch.zeros(len(query), classes, device=query.device)
+        votes.scatter_add_(1, train_labels[nearest], ((similarity - 1) / temperature).exp())
+        hits = votes.sort(descending=True).indices[:, :min(5, k)] == label[:, None]
+        correct += torch.stack([hits[:, 0].sum(), hits.sum()]).cpu()
+    return tuple((100 * correct / len(test)).tolist())
+
+
+def shrunk_pixels(images: torch.Tensor) -> torch.Tensor:
+    """A baseline for k-NN without any network: images (B, 3, H, W) -> 32 x 32 pixels (B, 3072)."""
+    return F.adaptive_avg_pool2d(images, 32).flatten(1)
+
+
+def knn_score(encode, data: Data, cfg, device) -> float:
+    """Top-1 of `knn` (k = 20) on the test set; at most --knn-pictures of the training set vote."""
+    size = {"size": cfg.image_size, "device": device, "workers": cfg.workers}
+    train = features(encode, data.train, limit=cfg.knn_pictures, **size)
+    return knn(*train, *features(encode, data.test, **size), len(data.classes))[0]
+
+
+# ---------------------------------------------------------------------------- pictures for people
+def sample(pictures: Pictures, size: int, count: int, device) -> torch.Tensor:
+    """The centres of `count` pictures spread over a data set, normalised (count, 3, size, size)."""
+    pictures = copy.copy(pictures)
+    pictures.transform = centre(size)
+    chosen = np.linspace(0, len(pictures) - 1, count).astype(int)
+    return to_device(torch.stack([pictures[0, i][0] for i in chosen]), device)
+
+
+def save_rows(path: Path, rows: dict):
+    """Write a PNG: for each {title: normalised images (n, 3, H, W)} a line of text, then a row."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    strips = []
+    for title, images in rows.items():
+        images = (images.float().cpu() * std + mean).clamp(0, 1)
+        images = F.interpolate(images, scale_factor=max(1, 96 // images.shape[-1]), mode="nearest")
+        row = make_grid(images, nrow=len(images), padding=2, pad_value=1.0).mul(255).byte()
+        strip = Image.new("RGB", (row.shape[2], row.shape[1] + 14), "white")
+        ImageDraw.Draw(strip).text((3, 1), title, fill="black")
+        strip.paste(v2.functional.to_pil_image(row), (0, 14))
+        strips.append(np.asarray(strip))
+    Image.fromarray(np.concatenate(strips)).save(path)
+
+
+# ----------------------------------------------------------------------- shrink: a data set made small
+def shrink(source: str, target: str, size: int = 256, quality: int = 90, workers: int = 0) -> tuple[int, int]:
+    """Copy a folder of pictures, each made `size` pixels on its shorter side (never larger), as JPEG.
+
+    The layout stays (x.png becomes x.png.jpg; other files are copied), files already there are left
+    alone, so an interrupted run goes on. Returns how many were written and how many were unreadable."""
+    top = Path(source)
+    if not top.is_dir():
+        raise UserError(f"no folder {source}")
+    jobs = [(path, Path(target) / path.relative_to(top), size, quality) for path in sorted(top.rglob("*")) if path.is_file()]
+    with multiprocessing.Pool(workers or os.cpu_count(), _leave_ctrl_c_to_parent, (0,)) as pool:
+        done = list(tqdm(pool.imap_unordered(_shrink_one, jobs, 16), total=len(jobs), disable=None, unit="file"))
+    for path, error in (d for d in done if isinstance(d, tuple)):
+        print(f"skipped, cannot be read: {path} ({error})", file=sys.stderr)
+    return done.count(True), sum(isinstance(d, tuple) for d in done)
+
+
+def _shrink_one(job):
+    path, new, size, quality = job
+    picture = path.suffix.lower() in datasets.folder.IMG_EXTENSIONS
+    if picture and path.suffix.lower() not in (".jpg", ".jpeg"):
+        new = new.with_name(new.name + ".jpg")
+    if new.exists():
+        return False
+    new.parent.mkdir(parents=True, exist_ok=True)
+    part = new.with_name(new.name + ".part")             # whole or absent: a kill leaves no half file
+    if not picture:
+        shutil.copyfile(path, part)
+    else:
+        torch.set_num_threads(1)
+        try:
+            image = decode(path.read_bytes())
+        except OSError as error:
+            return str(path), str(error)
+        if min(image.shape[-2:]) > size:
+            image = v2.functional.resize(image, [size], v2.InterpolationMode.BICUBIC)
+        part.write_bytes(encode_jpeg(image, quality).numpy().tobytes())
+    os.replace(part, new)
+    return True
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="tools for data sets")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("shrink", help=shrink.__doc__.splitlines()[0])
+    command.add_argument("source", metavar="FOLDER")
+    command.add_argument("target", metavar="SMALL_FOLDER")
+    command.add_argument("--size", type=int, default=256, help="pixels of the shorter side (default: 256)")
+    command.add_argument("--quality", type=int, default=90, help="of the JPEGs (default: 90)")
+    command.add_argument("--workers", type=int, default=0, help="processes (default: one a core)")
+    given = vars(parser.parse_args(argv))
+    del given["command"]
+    with launched():
+        written, unreadable = shrink(**given)
+        print(f"wrote {written} files to {given['target']}, {unreadable} unreadable")
+
+
+if __name__ == "__main__":
+    main()

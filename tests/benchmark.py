@@ -1,0 +1,207 @@
+"""How fast is it? Run by hand: `python tests/benchmark.py train`, `... memory`, `... data`.
+
+train   one optimiser step of MAE (ViT-B/16, 224 pixels, 75 % hidden, decoder 8 x 512), ours and the
+        peers' interleaved in one run on the same pictures, all with fused AdamW. Printed: images/s,
+        ratio to ours (median over the rounds of the ratio within a round), and FLOP/s, counted for
+        each, as a share of what a large matrix product reaches in the same rounds.
+memory  peak memory of two such steps above the empty process's, each in a process of its own.
+data    images/s on one core: decoding, cropping, and both on JPEGs that `common.py shrink` has made
+        small, beside the usual Pillow loader. --folder: real pictures; else it draws 500 x 375 ones.
+
+Peers, none needed by the project itself: pip install transformers timm vit-pytorch
+"""
+
+import argparse
+import io
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import common
+import mae
+
+DECODER = dict(decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16)
+
+
+def ours(size):
+    return mae.MAE(224, 16, *mae.SIZES[size], **DECODER), lambda model, images: model(images)[0]
+
+
+def timm_blocks(size):
+    """Our MAE with timm's transformer blocks in place of ours."""
+    from timm.models.vision_transformer import Block
+    model, step = ours(size)
+    width, _, heads = mae.SIZES[size]
+    model.blocks = nn.ModuleList(Block(width, heads, qkv_bias=True) for _ in model.blocks)
+    model.decoder_blocks = nn.ModuleList(Block(512, 16, qkv_bias=True) for _ in model.decoder_blocks)
+    return model, step
+
+
+def transformers(size):
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+    width, depth, heads = mae.SIZES[size]
+    config = ViTMAEConfig(hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads,
+                          intermediate_size=4 * width, norm_pix_loss=True)
+    return ViTMAEForPreTraining(config), lambda model, images: model(pixel_values=images).loss
+
+
+def vit_pytorch(size):
+    """No class token, raw pixels and learned positions: a little less work than the others."""
+    from vit_pytorch import MAE, ViT
+    width, depth, heads = mae.SIZES[size]
+    vit = ViT(image_size=224, patch_size=16, num_classes=1, dim=width, depth=depth, heads=heads,
+              mlp_dim=4 * width, pool="mean")
+    model = MAE(encoder=vit, masking_ratio=0.75, decoder_dim=512, decoder_depth=8, decoder_heads=16,
+                decoder_dim_head=32)
+    return model, lambda model, images: model(images)
+
+
+CONTESTANTS = {"ours": ours, "timm blocks": timm_blocks, "transformers": transformers, "vit-pytorch": vit_pytorch}
+
+
+class Contestant:
+    def __init__(self, name, args):
+        self.name, self.bf16, self.device = name, args.precision == "bf16", args.device
+        self.model, self.loss = CONTESTANTS[name](args.model)
+        self.model.to(self.device).train()
+        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad],
+                                           lr=1e-4, betas=(0.9, 0.95), fused=True)
+        if args.compile:
+            self.model.compile()
+
+    def step(self, images):
+        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bf16):
+            loss = self.loss(self.model, images)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def flops(self, images):
+        """Of one step for one image, the optimiser's left out; counted before anything is compiled."""
+        with FlopCounterMode(display=False) as counter:
+            self.loss(self.model, images).backward()
+        self.optimizer.zero_grad()
+        return counter.get_total_flops() / len(images)
+
+
+def clock(function, device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def train(args):
+    images = torch.randn(args.batch, 3, 224, 224, device=args.device)
+    flops = {}
+    for name in args.contestants:                        # the counter cannot look into compiled code
+        plain = argparse.Namespace(**vars(args) | {"compile": False, "precision": "fp32", "device": "cpu"})
+        flops[name] = Contestant(name, plain).flops(torch.randn(2, 3, 224, 224))
+    teams = [Contestant(name, args) for name in args.contestants]
+    for team in teams:
+        warm = clock(lambda: [team.step(images) for _ in range(2)], args.device)
+        print(f"{team.name}: first two steps {warm:.1f} s", flush=True)
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    n = 8192 if args.device == "cuda" else 4096
+    matrix = torch.randn(n, n, device=args.device, dtype=dtype)
+    repeat = 20 if args.device == "cuda" else 1
+    times, rates = {team.name: [] for team in teams}, []
+    for round_ in range(args.rounds):
+        rates.append(2 * n ** 3 * repeat / clock(lambda: [matrix @ matrix for _ in range(repeat)], args.device))
+        for i in range(len(teams)):                      # another one is first in each round
+            team = teams[(i + round_) % len(teams)]
+            times[team.name].append(clock(lambda: [team.step(images) for _ in range(repeat)], args.device) / repeat)
+    rate = statistics.median(rates)
+    print(f"\n{args.model}/16, batch {args.batch}, {args.precision}, {'compiled' if args.compile else 'eager'}, "
+          f"{args.rounds} rounds, {device_name(args.device)}, torch {torch.__version__}")
+    print(f"{n}^3 matrix product: {rate / 1e9:.0f} GFLOP/s (median; {min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f})")
+    print(f"{'':14}images/s   x ours   GFLOP/image   share of the matrix product")
+    for name, seconds in times.items():
+        speed = args.batch / statistics.median(seconds)
+        ratio = statistics.median(a / b for a, b in zip(times["ours"], seconds))
+        print(f"{name:14}{speed:8.2f}{ratio:9.2f}{flops[name] / 1e9:14.2f}{100 * speed * flops[name] / rate:14.0f} %")
+
+
+def memory(args):
+    for name in args.contestants:
+        subprocess.run([sys.executable, __file__, "one", "--contestants", name, "--batch", str(args.batch), "--precision",
+                        args.precision, "--model", args.model, "--device", args.device], check=True)
+
+
+def one(args):
+    import resource
+    peak = lambda: (torch.cuda.max_memory_allocated() / 2 ** 30 if args.device == "cuda"
+                    else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
+    for name in args.contestants:
+        CONTESTANTS[name](args.model)                    # imports and a first copy of the weights
+        before = peak()
+        team, images = Contestant(name, args), torch.randn(args.batch, 3, 224, 224, device=args.device)
+        team.step(images), team.step(images)
+        print(f"{name:14}{peak() - before:6.2f} GiB above {before:.2f}, batch {args.batch}, {args.precision}", flush=True)
+
+
+def data(args):
+    import torchvision
+    from PIL import Image
+    from torchvision.transforms import v2
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as top:
+        if not args.folder:                              # smooth colours and fine grain: about 110 kB
+            random = np.random.RandomState(0)
+            for i in range(128):
+                smooth = Image.fromarray(random.randint(0, 256, (12, 16, 3), dtype=np.uint8)).resize((500, 375), 3)
+                grain = np.asarray(smooth) + random.normal(0, 14, (375, 500, 3))
+                Image.fromarray(grain.clip(0, 255).astype(np.uint8)).save(f"{top}/{i}.jpg", quality=90)
+        big = sorted(str(p) for p in Path(args.folder or top).rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))[:256]
+        common.shrink(str(Path(args.folder or top)), f"{top}/small")
+        small = sorted(str(p) for p in Path(top, "small").rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))[:256]
+        usual = v2.Compose([torchvision.transforms.RandomResizedCrop(224, (0.2, 1), interpolation=v2.InterpolationMode.BICUBIC),
+                            torchvision.transforms.RandomHorizontalFlip(), torchvision.transforms.ToTensor(),
+                            torchvision.transforms.Normalize(common.MEAN, common.STD)])
+        plain, ours_big, ours_small = (common.Pictures(p, transform=t) for p, t in
+                                       ((big, None), (big, common.augment(224, 0.2)), (small, common.augment(224, 0.2))))
+        jobs = {"Pillow, usual transforms": lambda i: usual(Image.open(big[i]).convert("RGB")),
+                "ours": lambda i: ours_big[args.rounds, i], "ours, shrunk once to 256": lambda i: ours_small[args.rounds, i],
+                "ours, decoding only": lambda i: plain.read(i)}
+        kilobytes = [statistics.mean(Path(p).stat().st_size for p in paths) / 1e3 for paths in (big, small)]
+        times = {name: [] for name in jobs}
+        for _ in range(args.rounds):
+            for name, job in jobs.items():
+                times[name].append(clock(lambda: [job(i) for i in range(len(big))], "cpu"))
+        print(f"{len(big)} JPEGs, {kilobytes[0]:.0f} kB on average, {kilobytes[1]:.0f} shrunk; images/s on one core of {device_name('cpu')}")
+        for name, seconds in times.items():
+            print(f"{name:26}{len(big) / statistics.median(seconds):8.0f}")
+
+
+def device_name(device):
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(": ")[1] for line in lines if "model name" in line), "CPU") + f", {torch.get_num_threads()} threads"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["train", "memory", "data", "one"])
+    parser.add_argument("--model", default="base", choices=list(mae.SIZES))
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--folder", help="pictures for `data`")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--contestants", nargs="+", default=list(CONTESTANTS), choices=list(CONTESTANTS))
+    args = parser.parse_args()
+    globals()[args.what](args)

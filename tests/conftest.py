@@ -1,0 +1,43 @@
+import json
+import os
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(min(2, os.cpu_count()))
+
+
+def golden(name):
+    """Figures that the published implementation gave; see golden/README.md."""
+    return json.loads((ROOT / "tests" / "golden" / f"{name}.json").read_text())
+
+
+def draw(name, *shape, uniform=False):
+    """The tensor that a golden figure calls `name`."""
+    random = np.random.RandomState(zlib.crc32(name.encode()))
+    values = random.random_sample(shape) if uniform else random.standard_normal(shape)
+    return torch.from_numpy(values.astype(np.float32))
+
+
+def fill(model, skip=()):
+    """Give a model the golden weights: drawn by name, normalisation gains around one."""
+    state = {}
+    for name, value in model.state_dict().items():
+        state[name] = value if name in skip else 0.15 * draw(name, *value.shape)
+        if value.ndim == 1 and name.endswith("weight"):
+            state[name] += 1
+    model.load_state_dict(state)
+    return model
+
+
+@pytest.fixture
+def in_tmp(tmp_path, monkeypatch):
+    """Run in an empty folder, so that a run's output lands there."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -119,16 +119,26 @@ def parse(config, presets: dict, argv=None, description: str = ""):
     the flag's help. The preset is --preset, else --data, else "folder". Raises UserError."""
     helps = dict(re.findall(r"^    (\w+):.*?# *(.+)$", inspect.getsource(config), re.M))
     kinds = typing.get_type_hints(config)
+    argv = sys.argv[1:] if argv is None else argv
+    argv = [re.sub(r"^--[\w-]+", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
 
     class Parser(argparse.ArgumentParser):
         def error(self, message):
             raise UserError(f"{message} (--help lists the flags)")
 
+    chosen = Parser(add_help=False, allow_abbrev=False)  # first the preset: --help shows its values
+    chosen.add_argument("--data", default=config.data)
+    chosen.add_argument("--preset")
+    chosen, _ = chosen.parse_known_args(argv)
+    name = chosen.preset or (chosen.data if chosen.data in presets else "folder")
+    if name not in presets:
+        raise UserError(f"no preset {name}; there are {', '.join(presets)}")
     parser = Parser(description=description, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(config):
         kind, flag = kinds[field.name], "--" + field.name.replace("_", "-")
-        text = f"{helps[field.name]} (default: {field.default!r})".replace("%", "%%")
+        default = presets[name].get(field.name, field.default)
+        text = f"{helps[field.name]} (default: {default!r})".replace("%", "%%")
         how = {"default": argparse.SUPPRESS, "help": text}
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **how)
@@ -136,20 +146,13 @@ def parse(config, presets: dict, argv=None, description: str = ""):
             parser.add_argument(flag, choices=typing.get_args(kind), **how)
         else:
             parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), **how)
-    argv = sys.argv[1:] if argv is None else argv
-    argv = [re.sub(r"^--[\w-]+", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = parser._option_string_actions
         near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
         hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
         raise UserError(f"unknown argument {unknown[0]}; {hint}")
-    given = vars(given)
-    if given.get("preset", "folder") not in presets:
-        raise UserError(f"no preset {given['preset']}; there are {', '.join(presets)}")
-    name = given.get("preset") or given.get("data", config.data)
-    name = name if name in presets else "folder"
-    return config(**{**presets[name], **given, "preset": name})
+    return config(**{**presets[name], **vars(given), "preset": name})
 
 
 def plan(cfg, pictures: int) -> tuple[int, float]:

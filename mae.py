@@ -84,9 +84,15 @@ class Config:
         self.output = self.output or f"runs/mae-{Path(self.data).name}"
         for name, size in zip(("embed_dim", "depth", "num_heads"), SIZES[self.model]):
             setattr(self, name, getattr(self, name) or size)
-        if self.image_size % self.patch_size:
-            raise common.UserError(f"--patch-size {self.patch_size} does not divide "
-                                   f"--image-size {self.image_size}")
+        for part, whole in (("patch_size", "image_size"), ("num_heads", "embed_dim"),
+                            ("decoder_num_heads", "decoder_embed_dim")):
+            if getattr(self, whole) % getattr(self, part):
+                raise common.UserError(f"{part} {getattr(self, part)} does not divide "
+                                       f"{whole} {getattr(self, whole)}")
+        patches = (self.image_size // self.patch_size) ** 2
+        if not 0 < int(patches * (1 - self.mask_ratio)) < patches:
+            raise common.UserError(f"mask_ratio {self.mask_ratio} leaves nothing to see or nothing "
+                                   f"to paint of {patches} patches")
 
 
 SIZES = {"micro": (64, 4, 2), "tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12),

@@ -10,13 +10,13 @@ import copy
 import dataclasses
 import datetime
 import difflib
+import functools
 import inspect
 import io
 import json
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import sys
 import time
@@ -43,6 +43,11 @@ class UserError(Exception):
     """Something the user can mend; `launched` prints it as one line, without a traceback."""
 
 
+def why(error: Exception) -> str:
+    """An error as one line; some have no text of their own."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def rank() -> int:
     return int(os.environ.get("RANK", 0))               # RANK, LOCAL_RANK, WORLD_SIZE: torchrun's
 
@@ -55,6 +60,7 @@ def say(*words):
     """Print on the first process, above the progress bar where there is one."""
     if rank() == 0:
         tqdm.write(" ".join(map(str, words)))
+        sys.stdout.flush()
 
 
 @contextlib.contextmanager
@@ -62,13 +68,13 @@ def launched():
     """Around a command: a user's mistake ends in one line and exit status 2, Ctrl-C in 130."""
     try:
         yield
-    except UserError as error:
+    except (UserError, OSError) as error:                # OSError: a disk that is full or read-only
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:    # once a machine: it may be this one's disk
-            print(f"error: {error}", file=sys.stderr)
+            tqdm.write(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         if rank() == 0:
-            print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+            print("\nstopped; the same command (with --resume) goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -77,11 +83,18 @@ def launched():
 def start(seed: int) -> torch.device:
     """Join torchrun's processes (nccl on GPUs, gloo on CPUs), seed, return this one's device."""
     cuda = torch.cuda.is_available()
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device(f"cuda:{local}" if cuda else "cpu")
+    if cuda and local >= torch.cuda.device_count():
+        raise UserError(f"{local + 1} processes or more, but {torch.cuda.device_count()} GPUs: --nproc_per_node")
     if cuda:
         torch.cuda.set_device(device)
-    if world() > 1 and not dist.is_initialized():        # a long time-out: rank 0 may download
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
+    if world() > 1 and not dist.is_initialized():
+        patience = datetime.timedelta(hours=2)           # the first process may be downloading
+        store, _, _ = next(dist.rendezvous("env://", timeout=patience))
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank(), world_size=world(),
+                                timeout=patience)        # the prefix: restarts share torchrun's store
     torch.manual_seed(seed)
     return device
 
@@ -201,7 +214,7 @@ class Pictures(Dataset):
     def __init__(self, source, labels=None, seed: int = 0, transform=None):
         files = None if torch.is_tensor(source) else np.array([os.fsencode(p) for p in source])
         self.source = source if files is None else files     # an array: workers share its memory
-        self.labels = np.full(len(source), -1) if labels is None else np.asarray(labels)
+        self.labels = np.full(len(source), -1) if labels is None else np.asarray(labels, np.int64)
         self.seed, self.transform = seed, transform
         self.broken = torch.zeros(len(source), dtype=torch.bool).share_memory_()
 
@@ -228,7 +241,7 @@ class Pictures(Dataset):
             except OSError as error:
                 if not self.broken[index]:
                     name = os.fsdecode(self.source[index])
-                    print(f"skipped, cannot be read: {name} ({error})", file=sys.stderr)
+                    tqdm.write(f"skipped, cannot be read: {name} ({error})", file=sys.stderr)
                 self.broken[index] = True
                 if self.broken.all():
                     raise
@@ -252,28 +265,37 @@ def decode(data: bytes) -> torch.Tensor:
         with Image.open(io.BytesIO(data)) as image:
             return v2.functional.pil_to_tensor(image.convert("RGB"))
     except Exception as error:                           # a damaged file can raise nearly anything
-        raise OSError(str(error).splitlines()[0].split(", ")[-1]) from error
+        raise OSError(why(error).split(", ")[-1]) from error
 
 
 def augment(size: int, scale: float):
     """MAE's: a crop of `scale` to 1 of the area (1: the centre) made size x size, and a flip."""
     crop = v2.RandomResizedCrop(size, (scale, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
-    return v2.Compose([crop if scale < 1 else centre(size), v2.RandomHorizontalFlip()])
+    return v2.Compose([crop if scale < 1 else Centre(size), v2.RandomHorizontalFlip()])
 
 
-def centre(size: int):
+class Centre:
     """For evaluation: the centre, size x size; large pictures are first shrunk to size / 0.875."""
-    def transform(picture):
-        short = max(size, min(*picture.shape[-2:], round(size / 0.875)))
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __call__(self, picture):
+        short = max(self.size, min(*picture.shape[-2:], round(self.size / 0.875)))
         picture = v2.functional.resize(picture, [short], v2.InterpolationMode.BICUBIC)
-        return v2.functional.center_crop(picture, [size])
-    return transform
+        return v2.functional.center_crop(picture, [self.size])
+
+
+@functools.cache
+def mean_std(device) -> list[torch.Tensor]:
+    """MEAN and STD as (3, 1, 1) tensors on the device; made once, so that no step copies them."""
+    return [torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD)]
 
 
 def to_device(pictures: torch.Tensor, device) -> torch.Tensor:
     """uint8 (B, 3, H, W) -> normalised float32 there: a quarter of the bytes travel."""
-    mean, std = (255 * torch.tensor(v).view(3, 1, 1).to(device, non_blocking=True) for v in (MEAN, STD))
-    return (pictures.to(device, non_blocking=True) - mean) / std
+    mean, std = mean_std(device)
+    return (pictures.to(device, non_blocking=True) - 255 * mean) / (255 * std)
 
 
 class Batches(Sampler):
@@ -303,11 +325,11 @@ def loader(pictures: Pictures, batches, workers: int) -> DataLoader:
     """Batches (pictures uint8 (B, 3, H, W), labels (B), indices (B)) from lists of (epoch, index)."""
     workers = min(workers, max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     return DataLoader(pictures, batch_sampler=batches, num_workers=workers,
-                      pin_memory=torch.cuda.is_available(), worker_init_fn=_leave_ctrl_c_to_parent,
+                      pin_memory=torch.cuda.is_available(), worker_init_fn=leave_ctrl_c_to_the_parent,
                       prefetch_factor=4 if workers else None)
 
 
-def _leave_ctrl_c_to_parent(worker: int):
+def leave_ctrl_c_to_the_parent(worker: int = 0):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -376,19 +398,24 @@ def open_folder(folder: Path, seed: int) -> Data:
         raise UserError(f"no folder {folder}; --data is a folder of pictures or one of shapes, cifar10, "
                         "cifar100, stl10, tiny-imagenet, imagenet")
     top = folder / "train" if (folder / "train").is_dir() else folder
-    classes = sorted(p.name for p in top.iterdir() if p.is_dir())
+    classes = sorted(p.name for p in top.iterdir() if p.is_dir() and p.name[0] != ".")
     files, labels = _listed(top, classes)
     everything = Pictures(files, labels, seed)
     if not any(everything.readable(i) for i in range(len(files))):
         raise UserError(f"no readable picture in {top} or in its folders ({len(files)} files tried)")
+    say(f"{top}: {len(files)} pictures, " + (f"{len(classes)} classes" if classes else "no class folders"))
     if not classes:
         return Data(everything, None, None, [])
     val = next((folder / v for v in ("val", "test") if top != folder and (folder / v).is_dir()), None)
     if val:
-        return Data(everything, everything, Pictures(*_listed(val, classes), seed), classes)
-    say(f"{top} has no val/ beside it: every tenth picture is kept for testing")
-    kept = np.arange(len(files)) % 10 == 9
-    train, test = (Pictures(files[k], labels[k], seed) for k in (~kept, kept))
+        train, test = everything, Pictures(*_listed(val, classes), seed)
+    else:
+        say(f"{top} has no val/ beside it: every tenth picture is kept for testing")
+        kept = np.arange(len(files)) % 10 == 9
+        train, test = (Pictures(files[k], labels[k], seed) for k in (~kept, kept))
+    if not any(test.readable(i) for i in range(len(test))):
+        say(f"no readable picture to test on in {val or top}: no k-NN at the end")
+        train = test = None
     return Data(everything, train, test, classes)
 
 
@@ -397,16 +424,17 @@ def _listed(folder: Path, classes: list) -> tuple[np.ndarray, np.ndarray | None]
     flat val/ with a list beside it, or, without classes, directly and unlabelled."""
     endings, number = datasets.folder.IMG_EXTENSIONS, {c: i for i, c in enumerate(classes)}
     tiny = folder / "val_annotations.txt"
-    kaggle = next((p for p in (q / "LOC_val_solution.csv" for q in folder.resolve().parents) if p.is_file()), None)
-    below = [p.name for p in folder.iterdir() if p.is_dir()]
+    lists = (parent / "LOC_val_solution.csv" for parent in folder.resolve().parents)
+    kaggle = next((path for path in lists if path.is_file()), None)
+    below = [p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != "."]
     if tiny.is_file():                                   # "val_0.JPEG<tab>n03444034<tab>0<tab>32..."
         rows = [line.split("\t")[:2] for line in tiny.read_text().splitlines()]
-        pairs = [(str(folder / "images" / file), number[wnid]) for file, wnid in rows]
+        pairs = [(str(folder / "images" / file), number[wnid]) for file, wnid in rows if wnid in number]
     elif not classes:
         pairs = [(str(p), -1) for p in sorted(folder.iterdir()) if p.suffix.lower() in endings]
     elif kaggle and not below:                           # "ILSVRC2012_val_00048981,n03995372 85 1..."
         rows = [re.split("[, ]", line)[:2] for line in kaggle.read_text().splitlines()[1:]]
-        pairs = [(str(folder / f"{file}.JPEG"), number[wnid]) for file, wnid in rows]
+        pairs = [(str(folder / f"{file}.JPEG"), number[wnid]) for file, wnid in rows if wnid in number]
     elif sorted(below) != classes:
         raise UserError(f"{folder} has other classes than the training pictures: "
                         f"{sorted(set(below) ^ set(classes))[:5]}")
@@ -506,10 +534,11 @@ class Run:
         self.method, self.cfg, self.model, self.optimizer = method, cfg, model, optimizer
         self.folder, self.device = Path(cfg.output), next(model.parameters()).device
         self.steps_per_epoch, self.total = steps_per_epoch, cfg.epochs * steps_per_epoch
-        self.first, self.last = 0, min(cfg.max_steps or self.total, self.total)
-        self.window, self.epoch_losses, self.loss, self.damaged = [], [], None, []
+        self.first, self.last, self.began = 0, min(cfg.max_steps or self.total, self.total), None
+        self.window, self.rates, self.epoch_losses, self.loss, self.damaged = [], [], [], None, []
         say("configuration: " + ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(cfg).items()))
-        state = self.load() if cfg.resume else None
+        again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"     # torchrun started us anew
+        state = self.load() if cfg.resume or again else None
         if state:
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
@@ -531,6 +560,8 @@ class Run:
         metrics, kept = self.folder / "metrics.jsonl", []
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            for old in () if state else self.folder.glob("checkpoint.*"):
+                old.unlink()                             # afresh: no later run may go on from these
             (self.folder / "config.json").write_text(json.dumps(about, indent=1) + "\n")
             if state and metrics.exists():
                 for line in metrics.read_text().splitlines():
@@ -548,13 +579,14 @@ class Run:
         for path in found:
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True)
+                there = state["config"] | {key: state[key] for key in ("method", "steps_per_epoch")}
             except Exception as error:                   # zip, pickle or torch: it depends on the damage
-                say(f"{path} is damaged ({str(error).splitlines()[0]}); trying the one before it")
+                say(f"{path} is damaged ({why(error)}); trying the one before it")
                 self.damaged.append(path)
                 continue
-            differ = [f"{name}: {state['config'].get(name)!r} there, {value!r} here"
-                      for name, value in dataclasses.asdict(self.cfg).items()
-                      if name not in FREE and state["config"].get(name) != value]
+            here = dataclasses.asdict(self.cfg) | {"method": self.method, "steps_per_epoch": self.steps_per_epoch}
+            differ = [f"{name}: {there.get(name)!r} there, {value!r} here" for name, value in here.items()
+                      if name not in FREE and there.get(name) != value]
             if differ:
                 raise UserError(f"{path} is of another configuration ({'; '.join(differ)}); "
                                 "--no-resume starts afresh, --output NEW_FOLDER keeps both")
@@ -566,10 +598,13 @@ class Run:
     def save(self, step: int):
         """Write checkpoint.pt and keep the one before it. At any moment of a kill, one is whole."""
         new, path, previous = (self.folder / f"checkpoint{end}" for end in (".new", ".pt", ".previous.pt"))
+        packed = io.BytesIO()                            # so that a full disk is an OSError
+        torch.save({"method": self.method, "config": dataclasses.asdict(self.cfg), "step": step,
+                    "steps_per_epoch": self.steps_per_epoch, "loss": self.loss,
+                    "epoch_losses": self.epoch_losses, "model": self.model.state_dict(),
+                    "optimizer": self.optimizer.state_dict()}, packed)
         with open(new, "wb") as file:
-            torch.save({"method": self.method, "config": dataclasses.asdict(self.cfg), "step": step,
-                        "loss": self.loss, "epoch_losses": self.epoch_losses,
-                        "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, file)
+            file.write(packed.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         if path.exists() and path not in self.damaged:   # a damaged one must not push out a good one
@@ -579,17 +614,19 @@ class Run:
 
     def steps(self):
         """The steps first ... last - 1, with a progress bar if the first process has a terminal."""
-        self.began = time.time()
         self.bar = tqdm(range(self.first, self.last), initial=self.first, total=self.last, unit="step",
                         leave=False, disable=None if rank() == 0 else True)
-        return self.bar
+        for step in self.bar:
+            self.began = self.began or time.time()
+            yield step
 
     def end_step(self, step: int, loss: torch.Tensor, lr: float) -> bool:
         """Log and save when it is time to; whether an epoch ended.
 
         loss: a scalar on the device, read every --log-every steps only, all of them at once.
         Raises UserError if one of them is not finite."""
-        done, self.window = step + 1, self.window + [loss]
+        done = step + 1
+        self.window.append(loss), self.rates.append(lr)
         end_of_epoch = done % self.steps_per_epoch == 0
         save = end_of_epoch or done == self.last or (self.cfg.save_every and done % self.cfg.save_every == 0)
         if not save and done % self.cfg.log_every:
@@ -598,14 +635,17 @@ class Run:
         if world() > 1:
             dist.all_reduce(losses)
         losses = (losses / world()).tolist()             # the one place where the host waits
+        advice = (f"; the last good checkpoint stays in {self.folder}. Try a lower --base-lr, a longer "
+                  "--warmup-epochs or --precision fp32, with another --output")
         for i, value in enumerate(losses):
             if not np.isfinite(value):
-                raise UserError(
-                    f"the loss is {value} at step {done - len(losses) + i}, learning rate {lr:.3g}; the last good "
-                    f"checkpoint stays in {self.folder}. Try a lower --base-lr, a longer --warmup-epochs or "
-                    "--precision fp32, with another --output")
+                raise UserError(f"the loss is {value} at step {done - len(losses) + i}, learning rate "
+                                f"{self.rates[i]:.3g}{advice}")
+        if save and not all(p.isfinite().all() for p in self.model.parameters()):
+            raise UserError(f"a weight is not finite after step {step}, learning rate {lr:.3g}{advice}")
         speed = self.cfg.batch_size * len(losses) / (time.time() - self.began)
-        self.loss, self.window, self.epoch_losses = float(np.mean(losses)), [], self.epoch_losses + losses
+        self.loss, self.window, self.rates = float(np.mean(losses)), [], []
+        self.epoch_losses += losses
         self.write(step=done, loss=self.loss, lr=lr, images_per_s=speed)
         self.bar.set_postfix_str(f"loss {self.loss:.4f}, lr {lr:.1e}, {speed:,.0f} images/s")
         if end_of_epoch:
@@ -615,7 +655,7 @@ class Run:
                 f"{speed:,.0f} images/s")
         if save and rank() == 0:
             self.save(done)
-        self.began = time.time()                         # what is done between steps is not training
+        self.began = None                                # a picture may follow: not training time
         return end_of_epoch
 
     def write(self, **values):
@@ -648,24 +688,28 @@ class Run:
 
 # ------------------------------------------------------------------------------------------- k-NN
 @torch.no_grad()
-def features(encode, pictures: Pictures, size: int, device, batch_size: int = 500, workers: int = 0, limit: int = 0):
+def features(encode, pictures: Pictures, size: int, device, batch_size: int = 500, workers: int = 0,
+             limit: int = 0):
     """encode() of the pictures' centres (of at most `limit` of them, evenly spread; 0: of all).
 
     Each process encodes its share, all get everything: features fp32 (n, D) and labels (n,) on the
     device, in the order of the pictures. Unreadable pictures are left out."""
     pictures = copy.copy(pictures)
-    pictures.transform = centre(size)
+    pictures.transform = Centre(size)
     count = min(limit or len(pictures), len(pictures))
     chosen = np.linspace(0, len(pictures) - 1, count).round().astype(int)
-    mine = np.arange(rank(), count, world())
+    mine = np.arange(rank(), count, world()) if rank() < count else np.arange(1)     # at least one
     rows = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
     batches = loader(pictures, [[(0, i) for i in chosen[r]] for r in rows], workers)
+    batches = tqdm(batches, "features", disable=None if rank() == 0 else True, leave=False)
     table, read = None, torch.zeros(count, device=device)
-    for r, (images, _, index) in zip(rows, tqdm(batches, "features", disable=None if rank() == 0 else True, leave=False)):
+    for r, (images, _, index) in zip(rows, batches):
         encoded = encode(to_device(images, device)).float()
         table = encoded.new_zeros(count, encoded.shape[1]) if table is None else table
         table[r], read[r] = encoded, (index == torch.from_numpy(chosen[r])).float().to(device)
-    if world() > 1:                                      # every row is filled by one process
+    if rank() >= count:                                  # another process has filled that one
+        table, read = table * 0, read * 0
+    if world() > 1:                                      # now every row is filled by one process
         dist.all_reduce(table), dist.all_reduce(read)
     labels = torch.from_numpy(pictures.labels[chosen]).to(device)
     return table[read > 0], labels[read > 0]
@@ -703,14 +747,14 @@ def knn_score(encode, data: Data, cfg, device) -> float:
 def sample(pictures: Pictures, size: int, count: int, device) -> torch.Tensor:
     """The centres of `count` pictures spread over a data set, normalised (count, 3, size, size)."""
     pictures = copy.copy(pictures)
-    pictures.transform = centre(size)
+    pictures.transform = Centre(size)
     chosen = np.linspace(0, len(pictures) - 1, count).astype(int)
     return to_device(torch.stack([pictures[0, i][0] for i in chosen]), device)
 
 
 def save_rows(path: Path, rows: dict):
     """Write a PNG: for each {title: normalised images (n, 3, H, W)} a line of text, then a row."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    mean, std = mean_std("cpu")
     strips = []
     for title, images in rows.items():
         images = (images.float().cpu() * std + mean).clamp(0, 1)
@@ -723,61 +767,59 @@ def save_rows(path: Path, rows: dict):
     Image.fromarray(np.concatenate(strips)).save(path)
 
 
-# ----------------------------------------------------------------------- shrink: a data set made small
-def shrink(source: str, target: str, size: int = 256, quality: int = 90, workers: int = 0) -> tuple[int, int]:
-    """Copy a folder of pictures, each made `size` pixels on its shorter side (never larger), as JPEG.
+# ----------------------------------------------------------------------------------------- shrink
+def shrink(source: str, target: str, size: int = 256, quality: int = 90, workers: int = 0):
+    """Copy a folder of pictures as JPEGs of `size` pixels on the shorter side (never enlarged).
 
-    The layout stays (x.png becomes x.png.jpg; other files are copied), files already there are left
-    alone, so an interrupted run goes on. Returns how many were written and how many were unreadable."""
-    top = Path(source)
-    if not top.is_dir():
-        raise UserError(f"no folder {source}")
-    jobs = [(path, Path(target) / path.relative_to(top), size, quality) for path in sorted(top.rglob("*")) if path.is_file()]
-    with multiprocessing.Pool(workers or os.cpu_count(), _leave_ctrl_c_to_parent, (0,)) as pool:
-        done = list(tqdm(pool.imap_unordered(_shrink_one, jobs, 16), total=len(jobs), disable=None, unit="file"))
-    for path, error in (d for d in done if isinstance(d, tuple)):
-        print(f"skipped, cannot be read: {path} ({error})", file=sys.stderr)
-    return done.count(True), sum(isinstance(d, tuple) for d in done)
+    The layout stays (x.png becomes x.png.jpg, what is no picture is copied); what is there already
+    is left alone, so an interrupted run goes on. Returns how many were written and unreadable."""
+    files = [path for path in sorted(Path(source).rglob("*")) if path.is_file()]
+    if not files:
+        raise UserError(f"no folder {source}, or nothing in it")
+    jobs = [(path, Path(target, path.relative_to(source)), size, quality) for path in files]
+    with multiprocessing.Pool(workers or os.cpu_count(), leave_ctrl_c_to_the_parent) as pool:
+        done = list(tqdm(pool.imap_unordered(_shrink_one, jobs, 16), total=len(jobs), disable=None))
+    unreadable = [outcome for outcome in done if isinstance(outcome, str)]
+    print("".join(f"skipped, cannot be read: {outcome}\n" for outcome in unreadable), end="", file=sys.stderr)
+    return done.count(True), len(unreadable)
 
 
-def _shrink_one(job):
+def _shrink_one(job) -> bool | str:
     path, new, size, quality = job
     picture = path.suffix.lower() in datasets.folder.IMG_EXTENSIONS
     if picture and path.suffix.lower() not in (".jpg", ".jpeg"):
         new = new.with_name(new.name + ".jpg")
     if new.exists():
         return False
+    torch.set_num_threads(1)
+    try:
+        data = path.read_bytes()
+        if picture:
+            image = decode(data)
+            if min(image.shape[-2:]) > size:
+                image = v2.functional.resize(image, [size], v2.InterpolationMode.BICUBIC)
+            data = encode_jpeg(image, quality).numpy().tobytes()
+    except OSError as error:
+        return f"{path} ({error})"
     new.parent.mkdir(parents=True, exist_ok=True)
     part = new.with_name(new.name + ".part")             # whole or absent: a kill leaves no half file
-    if not picture:
-        shutil.copyfile(path, part)
-    else:
-        torch.set_num_threads(1)
-        try:
-            image = decode(path.read_bytes())
-        except OSError as error:
-            return str(path), str(error)
-        if min(image.shape[-2:]) > size:
-            image = v2.functional.resize(image, [size], v2.InterpolationMode.BICUBIC)
-        part.write_bytes(encode_jpeg(image, quality).numpy().tobytes())
+    part.write_bytes(data)
     os.replace(part, new)
     return True
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="tools for data sets")
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("shrink", help=shrink.__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Tools for data sets.")
+    command = parser.add_subparsers(required=True).add_parser("shrink", help=shrink.__doc__.splitlines()[0])
     command.add_argument("source", metavar="FOLDER")
     command.add_argument("target", metavar="SMALL_FOLDER")
     command.add_argument("--size", type=int, default=256, help="pixels of the shorter side (default: 256)")
     command.add_argument("--quality", type=int, default=90, help="of the JPEGs (default: 90)")
     command.add_argument("--workers", type=int, default=0, help="processes (default: one a core)")
-    given = vars(parser.parse_args(argv))
-    del given["command"]
     with launched():
-        written, unreadable = shrink(**given)
-        print(f"wrote {written} files to {given['target']}, {unreadable} unreadable")
+        given = parser.parse_args(argv)
+        written, unreadable = shrink(**vars(given))
+        print(f"wrote {written} files to {given.target}, {unreadable} unreadable")
 
 
 if __name__ == "__main__":

@@ -81,9 +81,15 @@ class Config:
     knn_pictures: int = 1000      # training pictures that vote in the final k-NN; 0: all
 
     def __post_init__(self):
-        self.output = self.output or f"runs/mae-{Path(self.data).name}"
+        self.output = self.output or f"runs/mae-{Path(self.data).resolve().name}"
         for name, size in zip(("embed_dim", "depth", "num_heads"), SIZES[self.model]):
             setattr(self, name, getattr(self, name) or size)
+        for name, least in dict(patch_size=1, batch_size=1, accumulate=1, epochs=1, log_every=1, seed=0,
+                                workers=0, max_steps=0, save_every=0, knn_pictures=0).items():
+            if getattr(self, name) < least:
+                raise common.UserError(f"{name} is {getattr(self, name)}, at least {least} is needed")
+        if self.embed_dim % 4 or self.decoder_embed_dim % 4:
+            raise common.UserError("embed_dim and decoder_embed_dim must be multiples of 4")
         for part, whole in (("patch_size", "image_size"), ("num_heads", "embed_dim"),
                             ("decoder_num_heads", "decoder_embed_dim")):
             if getattr(self, whole) % getattr(self, part):
@@ -324,11 +330,12 @@ def load_weights(model: MAE, path: str):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):     # in official checkpoints
             state = torch.load(path, map_location="cpu", weights_only=True)
+        state = dict(state.get("model", state))
     except FileNotFoundError as error:
         raise common.UserError(f"no file {path}") from error
     except Exception as error:                           # zip, pickle or torch, according to the file
-        raise common.UserError(f"{path} is no checkpoint: {str(error).splitlines()[0]}") from error
-    state = {name.removeprefix("module."): value for name, value in state.get("model", state).items()}
+        raise common.UserError(f"{path} is no checkpoint: {common.why(error)}") from error
+    state = {name.removeprefix("module."): value for name, value in state.items()}
     for name in {"pos_embed", "decoder_pos_embed"} & state.keys():
         state[name] = resize_positions(state[name], model.grid)
     own = model.state_dict()
@@ -361,7 +368,7 @@ def mean_token(model: MAE):
 @torch.no_grad()
 def picture(model: MAE, images, noise, path):
     """Write what the model sees and paints: normalised images (B, 3, H, W), noise (B, N)."""
-    loss, prediction, hidden = model(images, noise)
+    _, prediction, hidden = model.forward(images, noise)         # never compiled: it runs seldom
     patches = patchify(images, model.patch_size)
     truth, prediction = take(patches, hidden), prediction.float()
     caption = "prediction"

@@ -137,9 +137,9 @@ def test_augmentation_leaves_the_trainers_random_numbers_alone():
 
 def test_centre():
     big = torch.randint(0, 255, (3, 300, 500), dtype=torch.uint8)
-    assert common.centre(224)(big).shape == (3, 224, 224)
+    assert common.Centre(224)(big).shape == (3, 224, 224)
     small = big[:, :32, :32]
-    assert torch.equal(common.centre(32)(small), small)  # nothing is lost of pictures that fit
+    assert torch.equal(common.Centre(32)(small), small)  # nothing is lost of pictures that fit
 
 
 def test_to_device_normalises():
@@ -239,6 +239,18 @@ def test_stl10(tmp_path, monkeypatch):
     data = common.open_data("stl10", str(tmp_path))
     assert len(data.pretrain) == 8 and set(data.pretrain.labels) == {-1}         # no -1 among the labelled
     assert data.train.labels.tolist() == [0, 1, 2] and data.test.labels.tolist() == [0, 1] and len(data.classes) == 10
+
+
+def test_loader_pickles_and_empty_val(tmp_path):
+    import pickle
+    pictures = common.Pictures(torch.zeros(4, 3, 9, 9, dtype=torch.uint8), np.array([0, 1, 1, 0], np.uint8),
+                               transform=common.augment(8, 1.0))
+    assert pickle.loads(pickle.dumps(pictures))[0, 1][0].shape == (3, 8, 8)      # for spawned workers
+    table, y = common.features(lambda x: x.flatten(1), pictures, 8, "cpu")
+    assert common.knn(table + 1, y, table + 1, y, 2, k=4)[1] == 100              # uint8 labels, too
+    for i in range(4):
+        save(tmp_path / "ab"[i % 2] / f"{i}.jpg")
+    assert common.open_data(str(tmp_path), "").test is None
 
 
 def test_no_network_is_one_line(tmp_path, monkeypatch):

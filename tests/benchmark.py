@@ -1,10 +1,10 @@
-"""How fast is it? Run by hand: `python tests/benchmark.py train`, `... memory`, `... data`.
+"""How fast is it? Run by hand: `python tests/benchmark.py train` or `... data`.
 
 train   one optimiser step of MAE (ViT-B/16, 224 pixels, 75 % hidden, decoder 8 x 512), ours and the
-        peers' interleaved in one run on the same pictures, all with fused AdamW. Printed: images/s,
-        ratio to ours (median over the rounds of the ratio within a round), and FLOP/s, counted for
-        each, as a share of what a large matrix product reaches in the same rounds.
-memory  peak memory of two such steps above the empty process's, each in a process of its own.
+        peers', each in a process of its own, taking turns on the same pictures; fused AdamW for all.
+        Printed: images/s, the ratio to ours (median over the rounds), FLOP/s counted for each as a
+        share of what a large matrix product reaches in the same rounds, and peak memory. Ours begins
+        as its scripts do, with `common.start`.
 data    images/s on one core: decoding, cropping, and both on JPEGs that `common.py shrink` has made
         small, beside the usual Pillow loader. --folder: real pictures; else it draws 500 x 375 ones.
 
@@ -12,9 +12,9 @@ Peers, none needed by the project itself: pip install transformers timm vit-pyto
 """
 
 import argparse
-import io
+import multiprocessing
+import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -103,53 +103,47 @@ def clock(function, device):
     return time.perf_counter() - start
 
 
+def serve(name, args, pipe):
+    """The process of one contestant: a step each time it is asked for one."""
+    if name == "ours":
+        common.start(0)
+    plain = argparse.Namespace(**vars(args) | {"compile": False, "precision": "fp32", "device": "cpu"})
+    pipe.send(Contestant(name, plain).flops(torch.randn(2, 3, 224, 224)))      # not of compiled code
+    team, images = Contestant(name, args), torch.randn(args.batch, 3, 224, 224, device=args.device)
+    pipe.send(clock(lambda: [team.step(images) for _ in range(2)], args.device))
+    while repeat := pipe.recv():
+        pipe.send(clock(lambda: [team.step(images) for _ in range(repeat)], args.device) / repeat)
+    pipe.send(torch.cuda.max_memory_allocated() / 2 ** 30 if args.device == "cuda"
+              else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
+
+
 def train(args):
-    images = torch.randn(args.batch, 3, 224, 224, device=args.device)
-    flops = {}
-    for name in args.contestants:                        # the counter cannot look into compiled code
-        plain = argparse.Namespace(**vars(args) | {"compile": False, "precision": "fp32", "device": "cpu"})
-        flops[name] = Contestant(name, plain).flops(torch.randn(2, 3, 224, 224))
-    teams = [Contestant(name, args) for name in args.contestants]
-    for team in teams:
-        warm = clock(lambda: [team.step(images) for _ in range(2)], args.device)
-        print(f"{team.name}: first two steps {warm:.1f} s", flush=True)
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    n = 8192 if args.device == "cuda" else 4096
-    matrix = torch.randn(n, n, device=args.device, dtype=dtype)
-    repeat = 20 if args.device == "cuda" else 1
-    times, rates = {team.name: [] for team in teams}, []
-    for round_ in range(args.rounds):
+    spawn, pipes, flops = multiprocessing.get_context("spawn"), {}, {}
+    for name in args.contestants:
+        pipes[name], theirs = spawn.Pipe()
+        spawn.Process(target=serve, args=(name, args, theirs), daemon=True).start()
+        flops[name] = pipes[name].recv()
+        print(f"{name}: first two steps {pipes[name].recv():.1f} s", flush=True)
+    n, repeat = (8192, 20) if args.device == "cuda" else (4096, 1)
+    matrix = torch.randn(n, n, device=args.device, dtype=torch.bfloat16 if args.precision == "bf16" else None)
+    times, rates = {name: [] for name in pipes}, []
+    for turn in range(args.rounds):
         rates.append(2 * n ** 3 * repeat / clock(lambda: [matrix @ matrix for _ in range(repeat)], args.device))
-        for i in range(len(teams)):                      # another one is first in each round
-            team = teams[(i + round_) % len(teams)]
-            times[team.name].append(clock(lambda: [team.step(images) for _ in range(repeat)], args.device) / repeat)
+        for i in range(len(pipes)):                      # another one is first in each round
+            name = args.contestants[(i + turn) % len(pipes)]
+            pipes[name].send(repeat)
+            times[name].append(pipes[name].recv())
     rate = statistics.median(rates)
     print(f"\n{args.model}/16, batch {args.batch}, {args.precision}, {'compiled' if args.compile else 'eager'}, "
-          f"{args.rounds} rounds, {device_name(args.device)}, torch {torch.__version__}")
-    print(f"{n}^3 matrix product: {rate / 1e9:.0f} GFLOP/s (median; {min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f})")
-    print(f"{'':14}images/s   x ours   GFLOP/image   share of the matrix product")
+          f"{args.rounds} rounds, {device_name(args.device)}, torch {torch.__version__}\n"
+          f"{n}^3 matrix product: {rate / 1e9:.0f} GFLOP/s (median; {min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f})\n"
+          f"{'':14}images/s   x ours   GFLOP/image   share of the matrix product   peak GiB")
     for name, seconds in times.items():
         speed = args.batch / statistics.median(seconds)
-        ratio = statistics.median(a / b for a, b in zip(times["ours"], seconds))
-        print(f"{name:14}{speed:8.2f}{ratio:9.2f}{flops[name] / 1e9:14.2f}{100 * speed * flops[name] / rate:14.0f} %")
-
-
-def memory(args):
-    for name in args.contestants:
-        subprocess.run([sys.executable, __file__, "one", "--contestants", name, "--batch", str(args.batch), "--precision",
-                        args.precision, "--model", args.model, "--device", args.device], check=True)
-
-
-def one(args):
-    import resource
-    peak = lambda: (torch.cuda.max_memory_allocated() / 2 ** 30 if args.device == "cuda"
-                    else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
-    for name in args.contestants:
-        CONTESTANTS[name](args.model)                    # imports and a first copy of the weights
-        before = peak()
-        team, images = Contestant(name, args), torch.randn(args.batch, 3, 224, 224, device=args.device)
-        team.step(images), team.step(images)
-        print(f"{name:14}{peak() - before:6.2f} GiB above {before:.2f}, batch {args.batch}, {args.precision}", flush=True)
+        ratio = statistics.median(a / b for a, b in zip(times["ours"], seconds)) if "ours" in times else float("nan")
+        pipes[name].send(0)
+        print(f"{name:14}{speed:8.2f}{ratio:9.2f}{flops[name] / 1e9:14.2f}{100 * speed * flops[name] / rate:14.0f} %"
+              f"{pipes[name].recv():26.2f}")
 
 
 def data(args):
@@ -194,7 +188,7 @@ def device_name(device):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["train", "memory", "data", "one"])
+    parser.add_argument("what", choices=["train", "data"])
     parser.add_argument("--model", default="base", choices=list(mae.SIZES))
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=6)

@@ -49,12 +49,12 @@ def main(path):
     data = common.open_data(cfg.data, cfg.data_root)
     trained = mae.build(cfg)
     trained.load_state_dict(state["model"])
-    encoders = {"raw pixels": common.shrunk_pixels, "untrained": mae.mean_token(mae.build(cfg)), "trained": mae.mean_token(trained)}
-    for name, encode in encoders.items():
-        (x, y), (u, z) = (common.features(encode, p, cfg.image_size, "cpu") for p in (data.train, data.test))
+    for name, model in (("untrained", mae.build(cfg)), ("trained", trained)):
+        (x, y), (u, z) = (common.features(mae.mean_token(model), pictures, cfg.image_size, "cpu")
+                          for pictures in (data.train, data.test))
         nearest = common.knn(x, y, u, z, len(data.classes))[0]
         accuracy, decay = linear(x, y, u, z, len(data.classes))
-        print(f"{name:10} k-NN (k 20, all {len(x)} vote) {nearest:.1f} %, linear {accuracy:.1f} % (weight decay {decay:g})", flush=True)
+        print(f"{name:9} k-NN (k 20, all {len(x)} vote) {nearest:.1f} %, linear {accuracy:.1f} % (weight decay {decay:g})", flush=True)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def start(seed: int) -> torch.device:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt and not cuda:                             # glibc: keep freed memory for the next step,
         for option, value in ((-1, 2 ** 31 - 1), (-2, 2 ** 28), (-3, 2 ** 25)):      # which needs as
-            mallopt(option, value)                       # much: half the page faults, 5 to 10 % faster
+            mallopt(option, value)                       # much: half the page faults (benchmark.md)
     if world() > 1 and not dist.is_initialized():
         patience = datetime.timedelta(hours=2)           # the first process may be downloading
         store, _, _ = next(dist.rendezvous("env://", timeout=patience))

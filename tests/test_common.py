@@ -1,13 +1,10 @@
 """common.py: flags, schedule, data, k-NN, checkpoints."""
 
 import io
-import json
 import os
 import subprocess
 import sys
-import warnings
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest

@@ -252,11 +252,16 @@ class Pictures(Dataset):
                     raise
                 index = (index + 1) % len(self)
         if self.transform:
-            state = torch.get_rng_state()                # without workers it is the trainer's own
-            torch.default_generator.manual_seed(mix(self.seed, epoch, index))
-            picture = self.transform(picture)
-            torch.set_rng_state(state)
+            with torch.random.fork_rng(devices=[]):      # without workers it is the trainer's own
+                torch.default_generator.manual_seed(mix(self.seed, epoch, index))
+                picture = self.transform(picture)
         return picture, int(self.labels[index]), index
+
+    def centred(self, size: int):
+        """The same pictures, not augmented: their centres, for evaluation."""
+        pictures = copy.copy(self)
+        pictures.transform = Centre(size)
+        return pictures
 
 
 def decode(data: bytes) -> torch.Tensor:
@@ -286,6 +291,8 @@ class Centre:
         self.size = size
 
     def __call__(self, picture):
+        if picture.shape[-2:] == (self.size, self.size):
+            return picture
         short = max(self.size, min(*picture.shape[-2:], round(self.size / 0.875)))
         picture = v2.functional.resize(picture, [short], v2.InterpolationMode.BICUBIC)
         return v2.functional.center_crop(picture, [self.size])
@@ -529,6 +536,14 @@ FREE = {"output", "data_root", "preset", "workers", "accumulate", "compile", "re
         "save_every", "log_every", "knn_pictures"}       # what may differ when a run goes on
 
 
+def write_metrics(folder: Path, **values):
+    """Append one line to the folder's metrics.jsonl, floats to six digits."""
+    if rank() == 0:
+        values = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(values) + "\n")
+
+
 class Run:
     """A run's folder (config.json, metrics.jsonl, checkpoint.pt, pictures), progress bar and end.
 
@@ -562,18 +577,13 @@ class Run:
         """Write config.json, and cut metrics.jsonl where the checkpoint was taken."""
         about = {"method": self.method, "config": dataclasses.asdict(self.cfg), "processes": world(),
                  "torch": torch.__version__, "device": str(self.device)}
-        metrics, kept = self.folder / "metrics.jsonl", []
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for old in () if state else self.folder.glob("checkpoint.*"):
                 old.unlink()                             # afresh: no later run may go on from these
             (self.folder / "config.json").write_text(json.dumps(about, indent=1) + "\n")
-            if state and metrics.exists():
-                for line in metrics.read_text().splitlines():
-                    with contextlib.suppress(json.JSONDecodeError):     # a line that a kill cut short
-                        if json.loads(line)["step"] <= self.first:
-                            kept.append(line + "\n")
-            metrics.write_text("".join(kept))
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.truncate(min(file.tell(), state["log_bytes"] if state else 0))
         except OSError as error:
             raise UserError(f"cannot write to {self.folder} ({error.strerror}); --output says where") from error
 
@@ -606,8 +616,8 @@ class Run:
         packed = io.BytesIO()                            # so that a full disk is an OSError
         torch.save({"method": self.method, "config": dataclasses.asdict(self.cfg), "step": step,
                     "steps_per_epoch": self.steps_per_epoch, "loss": self.loss,
-                    "epoch_losses": self.epoch_losses, "model": self.model.state_dict(),
-                    "optimizer": self.optimizer.state_dict()}, packed)
+                    "epoch_losses": self.epoch_losses, "log_bytes": (self.folder / "metrics.jsonl").stat().st_size,
+                    "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, packed)
         with open(new, "wb") as file:
             file.write(packed.getbuffer())
             file.flush()
@@ -664,11 +674,7 @@ class Run:
         return end_of_epoch
 
     def write(self, **values):
-        """Append one line to metrics.jsonl."""
-        if rank() == 0:
-            values = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
-            with open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(values) + "\n")
+        write_metrics(self.folder, **values)
 
     def finish(self, encoder: dict, encoders: dict, data: Data) -> dict:
         """Write encoder.pt ({timm's name: tensor}) and the last line of metrics.jsonl, and return it.
@@ -699,13 +705,11 @@ def features(encode, pictures: Pictures, size: int, device, batch_size: int = 50
 
     Each process encodes its share, all get everything: features fp32 (n, D) and labels (n,) on the
     device, in the order of the pictures. Unreadable pictures are left out."""
-    pictures = copy.copy(pictures)
-    pictures.transform = Centre(size)
     count = min(limit or len(pictures), len(pictures))
     chosen = np.linspace(0, len(pictures) - 1, count).round().astype(int)
     mine = np.arange(rank(), count, world()) if rank() < count else np.arange(1)     # at least one
     rows = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
-    batches = loader(pictures, [[(0, i) for i in chosen[r]] for r in rows], workers)
+    batches = loader(pictures.centred(size), [[(0, i) for i in chosen[r]] for r in rows], workers)
     batches = tqdm(batches, "features", disable=None if rank() == 0 else True, leave=False)
     table, read = None, torch.zeros(count, device=device)
     for r, (images, _, index) in zip(rows, batches):
@@ -720,20 +724,29 @@ def features(encode, pictures: Pictures, size: int, device, batch_size: int = 50
     return table[read > 0], labels[read > 0]
 
 
-def knn(train, train_labels, test, test_labels, classes: int, k: int = 20, temperature: float = 0.07):
-    """Weighted k-NN (DINO): (top-1, top-5) accuracy in percent, features (n, D), labels (n,).
+def nearest(test, train, k: int):
+    """For each feature of test (n, D) the k of train (m, D) with the largest cosine, best first:
+    similarity (n, k) and row numbers (n, k). k may exceed m."""
+    test, train = F.normalize(test.float(), dim=1), F.normalize(train.float(), dim=1)
+    found = [(query @ train.T).topk(min(k, len(train))) for query in test.split(1000)]
+    return torch.cat([similarity for similarity, _ in found]), torch.cat([rows for _, rows in found])
 
-    The k most similar training features (cosine) vote with exp(similarity / temperature); the
-    largest possible weight is taken out, so nothing overflows. Top-5 counts min(5, k) classes."""
-    train, test, k = F.normalize(train.float(), dim=1), F.normalize(test.float(), dim=1), min(k, len(train))
-    correct = torch.zeros(2)
-    for query, label in zip(test.split(1000), test_labels.split(1000)):
-        similarity, nearest = (query @ train.T).topk(k)                         # (b, k)
-        votes = torch.zeros(len(query), classes, device=query.device)
-        votes.scatter_add_(1, train_labels[nearest], ((similarity - 1) / temperature).exp())
-        hits = votes.sort(descending=True).indices[:, :min(5, k)] == label[:, None]
-        correct += torch.stack([hits[:, 0].sum(), hits.sum()]).cpu()
-    return tuple((100 * correct / len(test)).tolist())
+
+def vote(similarity, voters, labels, classes: int, temperature: float = 0.07):
+    """Neighbours' similarity (n, k) and labels (n, k), true labels (n,) -> (top-1, top-5) in percent.
+
+    Weighted k-NN (DINO): each votes with exp(similarity / temperature); the largest possible weight
+    is taken out, so nothing overflows. Top-5 counts min(5, k) classes."""
+    votes = torch.zeros(len(labels), classes, device=labels.device)
+    votes.scatter_add_(1, voters, ((similarity - 1) / temperature).exp())                  # (n, classes)
+    hits = votes.sort(descending=True).indices[:, :min(5, voters.shape[1])] == labels[:, None]
+    return 100 * hits[:, 0].float().mean().item(), 100 * hits.any(dim=1).float().mean().item()
+
+
+def knn(train, train_labels, test, test_labels, classes: int, k: int = 20, temperature: float = 0.07):
+    """Weighted k-NN: (top-1, top-5) accuracy in percent; features (n, D), labels (n,)."""
+    similarity, rows = nearest(test, train, k)
+    return vote(similarity, train_labels[rows], test_labels, classes, temperature)
 
 
 def shrunk_pixels(images: torch.Tensor) -> torch.Tensor:
@@ -751,8 +764,7 @@ def knn_score(encode, data: Data, cfg, device) -> float:
 # ---------------------------------------------------------------------------- pictures for people
 def sample(pictures: Pictures, size: int, count: int, device) -> torch.Tensor:
     """The centres of `count` pictures spread over a data set, normalised (count, 3, size, size)."""
-    pictures = copy.copy(pictures)
-    pictures.transform = Centre(size)
+    pictures = pictures.centred(size)
     chosen = np.linspace(0, len(pictures) - 1, count).astype(int)
     return to_device(torch.stack([pictures[0, i][0] for i in chosen]), device)
 

@@ -79,7 +79,7 @@ class Config:
     max_steps: int = 0            # stop after so many steps of the schedule; 0: at its end
     save_every: int = 0           # steps between checkpoints, besides one after each epoch; 0: none
     log_every: int = 50           # steps between lines of metrics.jsonl
-    knn_pictures: int = 1000      # training pictures that vote in the final k-NN; 0: all
+    knn_pictures: int = 500       # training pictures that vote in the final k-NN; 0: all
 
     def __post_init__(self):
         self.output = self.output or f"runs/mae-{Path(self.data).resolve().name}"

@@ -1,0 +1,894 @@
+"""What a pre-trained encoder is worth.
+
+    python evaluate.py knn       --checkpoint runs/mae-shapes/checkpoint.pt    # nearest neighbours vote
+    python evaluate.py retrieval --checkpoint ...      # are a picture's neighbours of its class?
+    python evaluate.py linear    --checkpoint ...      # one linear layer on frozen features
+    python evaluate.py attentive --checkpoint ...      # one learned query on frozen patch tokens
+    python evaluate.py finetune  --checkpoint ...      # all weights, end to end
+    python evaluate.py segment   --checkpoint ...      # a class for every pixel
+
+--checkpoint is a checkpoint of any script here, or a released file in timm's names (MAE: encoder,
+full or fine-tuned; DINO; DeiT and timm without the distillation token) with --model base (and
+--method mae) to say what it is; `none` is the untrained encoder: with finetune, training from
+scratch. --data chooses the settings as in the other scripts; `--data imagenet` are the papers'.
+
+    protocol    trained                          input            chosen on
+    knn         nothing                          centres          nothing: k and tap are flags, all are shown
+    linear      a sweep of linear layers         cached features  a tenth of the training set
+      --no-cached: batch norm and linear, LARS   augmented        nothing (MAE, section 4.3 and table 9)
+    attentive   query, keys, values, linear      augmented        nothing
+    finetune    encoder, norm, linear            augmented        nothing (MAE, table 9)
+    segment     batch norm, 1x1 convolution      crops            nothing
+
+The figure of a run is that of its last epoch, with the last weights: no choice is ever made on the
+test set. B batch, N patches, D width, C classes, h x w grid of patches.
+"""
+
+import argparse
+import contextlib
+import importlib
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision import tv_tensors
+from torchvision.ops import stochastic_depth
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+import common
+
+IGNORE = 255                                             # the class of pixels that do not count
+NEIGHBOURS = (10, 20, 100, 200)
+RATES = np.logspace(-2, 2.5, 10).tolist()                 # of the linear sweep, times --base-lr
+
+
+# ----------------------------------------------------------------------------------------- Config
+@dataclass
+class Config:
+    protocol: Literal["knn", "retrieval", "linear", "attentive", "finetune", "segment"] = "knn"  # the first word
+    checkpoint: str = "none"      # weights: a checkpoint of ours, a released file, or none
+    data: str = "shapes"          # shapes, cifar10, ..., imagenet, a folder; segment: shapes, ade20k, a folder
+    data_root: str = "data"       # where the named data sets are, or are downloaded to
+    preset: str = ""              # settings to start from; empty: those of --data, "folder" for a folder
+    output: str = ""              # folder of the run; empty: runs/PROTOCOL-CHECKPOINT-DATA
+    method: str = ""              # script that builds the encoder; empty: the checkpoint's, else mae
+    model: Literal["", "micro", "tiny", "small", "base", "large", "huge"] = ""  # empty: the checkpoint's
+    embed_dim: int = 0            # width D; 0: the model's
+    depth: int = 0                # blocks; 0: the model's
+    num_heads: int = 0            # attention heads; 0: the model's
+    image_size: int = 0           # side of the input in pixels; 0: the checkpoint's
+    patch_size: int = 0           # side of a patch in pixels; 0: the checkpoint's
+    features: Literal["cls", "mean", "cls-raw", "mean-raw"] = "mean"  # class token or mean patch; raw: no last norm
+    shots: int = 0                # labelled training pictures per class; 0: all
+    percent: float = 100.0        # share of each class's training pictures
+    cached: bool = True           # linear: on features computed once; no: MAE's, on augmented pictures
+    frozen: bool = True           # segment: leave the encoder as it is
+    eval: bool = False            # finetune: only score a fine-tuned checkpoint
+    pool: Literal["mean", "cls"] = "mean"  # finetune: patch tokens' mean and a new norm, or class token
+    num_classes: int = 0          # segment, a folder: classes; 0: as many as the training masks hold
+    stride: int = 0               # segment: step of the sliding window in pixels; 0: two thirds of it
+    batch_size: int = 256         # pictures in a step, all processes and passes together
+    accumulate: int = 1           # passes that make up a step, to save memory
+    epochs: int = 50              # passes over the training pictures
+    warmup_epochs: float = 0.0    # epochs of linear warm-up from 0
+    schedule: Literal["cosine", "linear"] = "cosine"  # of the learning rate after the warm-up
+    base_lr: float = 0.1          # learning rate for 256 pictures a step
+    min_lr: float = 0.0           # learning rate at the end
+    weight_decay: float = 0.0     # on matrices only
+    beta2: float = 0.999          # AdamW's
+    layer_decay: float = 1.0      # finetune: factor on the learning rate from a block to the one below
+    drop_path: float = 0.0        # finetune: chance to skip the last block; falls to 0 at the first
+    crop_scale: float = 1.0       # smallest area of the random crop; 1: no crop
+    randaugment: int = 0          # finetune: magnitude, 0 (none) to 10
+    erasing: float = 0.0          # finetune: chance to erase a rectangle
+    mixup: float = 0.0            # finetune: alpha; 0: none
+    cutmix: float = 0.0           # finetune: alpha; 0: none
+    smoothing: float = 0.0        # finetune: of the labels
+    ema: float = 0.0              # finetune: decay of averaged weights, scored beside the last; 0: none
+    seed: int = 0                 # decides order, crops, drops, and the subset of --shots and --percent
+    workers: int = 0              # loader processes for each training process; 0: none
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the matrix products; auto: bf16 on a GPU
+    compile: bool = False         # compile the model: a slow first step, faster ones after it
+    resume: bool = True           # go on from the run folder's checkpoint; no: start afresh
+    max_steps: int = 0            # stop after so many steps of the schedule; 0: at its end
+    save_every: int = 0           # steps between checkpoints, besides one after each epoch; 0: none
+    log_every: int = 50           # steps between lines of metrics.jsonl
+
+    def __post_init__(self):
+        source = Path(self.checkpoint)
+        name = source.parent.name if source.stem in ("checkpoint", "encoder", "finetuned") else source.stem
+        self.output = self.output or f"runs/{self.protocol}-{name}-{Path(self.data).resolve().name}"
+        for name, least in dict(batch_size=1, accumulate=1, epochs=1, log_every=1, seed=0, workers=0, shots=0,
+                                max_steps=0, save_every=0, image_size=0, patch_size=0, stride=0).items():
+            if getattr(self, name) < least:
+                raise common.UserError(f"{name} is {getattr(self, name)}, at least {least} is needed")
+        if not 0 < self.percent <= 100:
+            raise common.UserError(f"percent is {self.percent}, it must be above 0 and at most 100")
+        if not 0 <= self.randaugment <= 10:
+            raise common.UserError(f"randaugment is {self.randaugment}, it must be 0 to 10")
+
+
+LOADED = dict(workers=8)
+CACHED = dict(epochs=50, batch_size=256, base_lr=0.1)                                # ours
+ATTENTIVE = dict(epochs=20, batch_size=256, base_lr=1e-3, weight_decay=0.05, warmup_epochs=1,
+                 beta2=0.95, crop_scale=0.35)                                        # ours
+# MAE, table 9 and the released code's settings for weights trained on normalised pixels (FINETUNE.md)
+FINETUNE = dict(batch_size=1024, epochs=100, warmup_epochs=5, base_lr=5e-4, min_lr=1e-6, weight_decay=0.05,
+                layer_decay=0.65, drop_path=0.1, crop_scale=0.08, randaugment=9, erasing=0.25, mixup=0.8,
+                cutmix=1.0, smoothing=0.1, workers=12)
+# MaskDistill (its section on fine-tuning, after BEiT v2), DTM (its table of settings): 5e-4 for a batch of 1024
+DISTILLED = FINETUNE | dict(base_lr=1.25e-4, warmup_epochs=20)
+DENSE = dict(epochs=20, batch_size=16, base_lr=16e-3, weight_decay=1e-4, schedule="linear", warmup_epochs=1,
+             crop_scale=0.25)                            # DINOv2's rate, 1e-3 for a batch of 16; length ours
+PRESETS = {
+    "knn": {"shapes": {}, "folder": dict(workers=4), "imagenet": LOADED},
+    "retrieval": {"shapes": {}, "folder": dict(workers=4), "imagenet": LOADED},
+    "linear": {"shapes": CACHED, "folder": CACHED | dict(workers=4),
+               "imagenet": dict(cached=False, features="cls", batch_size=16384, epochs=90, warmup_epochs=10,
+                                base_lr=0.1, crop_scale=0.08, workers=12)},                  # MAE, table 9
+    "attentive": {"shapes": ATTENTIVE | dict(epochs=8, base_lr=0.04, crop_scale=1.0), "folder": ATTENTIVE | dict(workers=4),
+                  "imagenet": ATTENTIVE | dict(batch_size=1024, workers=12)},
+    "finetune": {"shapes": dict(batch_size=64, epochs=5, warmup_epochs=1, base_lr=8e-3, weight_decay=0.05,
+                                layer_decay=0.75),                                            # ours
+                 "folder": FINETUNE | dict(batch_size=256, layer_decay=0.75, crop_scale=0.35, workers=4),   # ours
+                 "cifar10": FINETUNE | dict(batch_size=256, layer_decay=0.75, crop_scale=0.35, workers=4),  # ours
+                 "imagenet": FINETUNE,                                                        # MAE, ViT-B
+                 "imagenet-large": FINETUNE | dict(base_lr=1e-3, epochs=50, layer_decay=0.75, drop_path=0.2),
+                 "imagenet-huge": FINETUNE | dict(base_lr=1e-3, epochs=50, layer_decay=0.75, drop_path=0.3),
+                 "imagenet-scratch": FINETUNE | dict(batch_size=4096, epochs=300, warmup_epochs=20, base_lr=1e-4,
+                                                     min_lr=0.0, weight_decay=0.3, beta2=0.95, layer_decay=1.0,
+                                                     erasing=0.0, ema=0.9999),                # MAE, table 11
+                 "imagenet-amt": FINETUNE | dict(base_lr=1e-3, layer_decay=0.75),             # its release
+                 "imagenet-maskdistill": DISTILLED, "imagenet-dtm": DISTILLED,
+                 "imagenet-maskdistill-large": DISTILLED | dict(epochs=50, warmup_epochs=5, layer_decay=0.8,
+                                                                drop_path=0.2)},
+    "segment": {"shapes": DENSE | dict(epochs=6, batch_size=64, base_lr=8e-3, crop_scale=1.0),               # ours
+                "folder": DENSE | dict(workers=4),
+                "ade20k": DENSE | dict(image_size=512, epochs=32, warmup_epochs=1.2, workers=8)},  # 40,000 steps
+}
+
+
+# ---------------------------------------------------------------------------------------- encoder
+def read_checkpoint(path: str) -> tuple[dict, dict]:
+    """(all that the file holds, its weights {timm's name: tensor}). Raises UserError."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):     # in official checkpoints
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise common.UserError(f"no file {path}") from error
+    except Exception as error:                           # zip, pickle or torch, according to the file
+        raise common.UserError(f"{path} is no checkpoint: {common.why(error)}") from error
+    state = saved
+    for key in ("model", "state_dict", "teacher"):       # ours, MAE, DeiT; timm; DINO with both networks
+        state = state.get(key, state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())) or not state:
+        raise common.UserError(f"{path} holds no weights")
+    for prefix in ("module.", "backbone.", "encoder."):  # DistributedDataParallel; DINO; re-hosted files
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return saved, state
+
+
+def load_encoder(cfg: Config):
+    """The encoder of --checkpoint: (module, the {name: tensor} that are not the encoder's, about).
+
+    The module is that of the script which trained it, less all that its `encode` does not need, so
+    its parameters have timm's names. about: method and config, to build it again. The last norm of
+    a classifier that averages tokens is its head's, so it is Identity here. Raises UserError unless
+    the file has exactly the encoder's names and, besides, only a decoder or a classifier."""
+    saved, state = ({}, {}) if cfg.checkpoint == "none" else read_checkpoint(cfg.checkpoint)
+    method = cfg.method or saved.get("method", "mae")
+    if method == "evaluate":
+        raise common.UserError(f"{cfg.checkpoint} is for resuming a run; what it trained is finetuned.pt beside it")
+    if not (Path(__file__).parent / f"{method}.py").is_file():
+        raise common.UserError(f"no script {method}.py, which --method or the checkpoint asks for")
+    script = importlib.import_module(method)
+    given = {name: getattr(cfg, name) for name in ("model", "embed_dim", "depth", "num_heads", "image_size",
+                                                   "patch_size") if getattr(cfg, name)}
+    if "config" in saved:
+        sizes = {"embed_dim": 0, "depth": 0, "num_heads": 0} if cfg.model else {}
+        settings = saved["config"] | sizes
+    elif "patch_embed.proj.weight" in state and "pos_embed" in state:
+        patch_size = state["patch_embed.proj.weight"].shape[-1]
+        settings = script.PRESETS["imagenet"] | dict(
+            patch_size=patch_size, image_size=patch_size * round((state["pos_embed"].shape[1] - 1) ** 0.5))
+    elif state:
+        raise common.UserError(f"{cfg.checkpoint} holds no Vision Transformer in timm's names, but {sorted(state)[:3]}")
+    else:
+        settings = script.PRESETS.get(cfg.data, script.PRESETS["folder"]) | {"seed": cfg.seed}
+    config = script.Config(**settings | given)
+    model = script.build(config)
+    whole = model.state_dict().keys()
+    for name in {name.split(".")[0] for name in whole} - {"cls_token", "pos_embed", "patch_embed", "blocks", "norm"}:
+        delattr(model, name)                             # the decoder, or what else a method has
+    if state:
+        if "fc_norm.weight" in state and "norm.weight" not in state:
+            model.norm = nn.Identity()
+        if "pos_embed" in state:
+            state["pos_embed"] = script.resize_positions(state["pos_embed"], model.grid)
+        own = model.state_dict()
+        missing, other = own.keys() - state.keys(), state.keys() - own.keys()
+        misfits = {name for name in own.keys() & state.keys() if own[name].shape != state[name].shape}
+        known = ("head.", "fc_norm.", "decoder", "mask_token")
+        strange = {name for name in other if name not in whole and not name.startswith(known)}
+        if missing or misfits or strange:
+            raise common.UserError(f"{cfg.checkpoint} does not fit: missing {sorted(missing)[:3]}, unexpected "
+                                   f"{sorted(strange)[:3]}, of another size {sorted(misfits)[:3]}; check --method, "
+                                   "--model and --patch-size")
+        model.load_state_dict({name: state[name] for name in own})
+        families = sorted({name.split(".")[0] for name in other})
+        common.say(f"{cfg.checkpoint}: {len(own)} tensors of the encoder loaded, none missing; "
+                   + (f"left out {len(other)}: {', '.join(families)}" if other else "none left out"))
+    else:
+        common.say("checkpoint none: the encoder is untrained")
+    return model, {name: state[name] for name in state if name not in model.state_dict()}, \
+        {"method": method, "config": asdict(config)}
+
+
+def taps(tokens, norm) -> dict:
+    """Tokens before the last norm (B, 1 + N, D) -> {name: features (B, D)}, the choices of --features.
+
+    Which one is compared decides the figure: MAE's class token is worth more before the norm."""
+    normed = norm(tokens)
+    return {"cls": normed[:, 0], "mean": normed[:, 1:].mean(dim=1),
+            "cls-raw": tokens[:, 0], "mean-raw": tokens[:, 1:].mean(dim=1)}
+
+
+def all_features(cfg: Config, encoder, pictures, device):
+    """({tap: features (n, D) fp32}, labels (n,)) of the centres of the pictures, on the device."""
+    norm, encoder.norm, began = encoder.norm, nn.Identity(), time.time()
+    names = []
+
+    def encode(images):
+        with common.autocast(device, cfg.precision):
+            found = taps(encoder.encode(images), norm)
+        names[:] = found
+        return torch.cat(list(found.values()), dim=1)                           # (B, 4 D)
+
+    table, labels = common.features(encode, pictures, cfg.image_size, device, workers=cfg.workers)
+    encoder.norm = norm
+    common.say(f"{len(table)} pictures encoded, {len(table) / (time.time() - began):,.0f} images/s")
+    return dict(zip(names, table.chunk(len(names), dim=1))), labels
+
+
+# ----------------------------------------------------------------------------------------- scores
+def ranking(features, labels):
+    """Recall@1, Recall@5 and mean average precision in percent; features (n, D), labels (n,).
+
+    Every picture is a query, all others are ranked by cosine; a picture without another one of its
+    class is no query. Average precision: mean of the precision at each hit's rank."""
+    features, found = F.normalize(features.float(), dim=1), []
+    for rows in torch.arange(len(features), device=features.device).split(500):
+        similarity = features[rows] @ features.T                                # (b, n)
+        similarity[torch.arange(len(rows)), rows] = -torch.inf                  # itself: last, then cut
+        order = similarity.argsort(dim=1, descending=True)[:, :-1]
+        hits = (labels[order] == labels[rows, None]).float()                    # (b, n - 1)
+        precision = hits.cumsum(dim=1) / torch.arange(1, hits.shape[1] + 1, device=hits.device)
+        total = hits.sum(dim=1)
+        scores = [hits[:, 0], hits[:, :5].amax(dim=1), (precision * hits).sum(dim=1) / total.clamp(min=1)]
+        found.append(torch.stack(scores, dim=1)[total > 0])
+    return tuple((100 * torch.cat(found).mean(dim=0)).tolist())
+
+
+@torch.no_grad()
+def accuracy(cfg: Config, model, pictures, device) -> dict:
+    """Top-1 and top-5 in percent of model: images -> logits (B, C), on the pictures' centres."""
+    model.eval()
+
+    def logits(images):
+        with common.autocast(device, cfg.precision):
+            return model(images)
+
+    table, labels = common.features(logits, pictures, cfg.image_size, device, workers=cfg.workers)
+    return top1_top5(table, labels)
+
+
+def top1_top5(logits, labels) -> dict:
+    """Percent of logits (n, C) whose largest, or five largest, hold the label (n,)."""
+    hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+    return {"top1": 100 * hits[:, 0].float().mean().item(), "top5": 100 * hits.any(dim=1).float().mean().item()}
+
+
+def confusion(truth, prediction, classes: int):
+    """Pixels by (true class, predicted class), int64 (C, C); those of truth IGNORE do not count."""
+    counted = truth != IGNORE
+    pairs = truth[counted].long() * classes + prediction[counted].long()
+    return torch.bincount(pairs, minlength=classes ** 2).view(classes, classes)
+
+
+def mean_iou(counts) -> float:
+    """Mean intersection over union, in percent, over the classes that occur at all in (C, C)."""
+    hits, union = counts.diag(), counts.sum(dim=0) + counts.sum(dim=1) - counts.diag()
+    return 100 * (hits[union > 0] / union[union > 0]).mean().item()
+
+
+# ------------------------------------------------------------------------------------------ heads
+class Frozen(nn.Module):
+    """Head on an encoder that stays as it is, images -> head(tokens after the last norm)."""
+
+    def __init__(self, encoder, head):
+        super().__init__()
+        self.encoder, self.head = encoder.requires_grad_(False), head
+
+    def forward(self, images):
+        with torch.no_grad():
+            tokens = self.encoder.encode(images)                                # (B, 1 + N, D)
+        return self.head(tokens)
+
+
+class LinearHead(nn.Module):
+    """MAE's probe: batch normalisation without weights, then a linear layer (section 4.3, appendix A.1).
+
+    The normalisation makes the probe's learning rate independent of the features' scale, and can be
+    folded into the linear layer afterwards. Each process normalises its own batch, as released."""
+
+    def __init__(self, width: int, classes: int, features: str):
+        super().__init__()
+        self.features = features
+        self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6)
+        self.fc = nn.Linear(width, classes)
+        nn.init.normal_(self.fc.weight, std=0.01)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, tokens):                                                  # (B, 1 + N, D)
+        x = tokens[:, 0] if self.features.startswith("cls") else tokens[:, 1:].mean(dim=1)
+        return self.fc(self.norm(x.float()))                                    # (B, C)
+
+
+class SweepHeads(nn.Module):
+    """Linear layers from zero on the same features (B, D), two for each learning rate: (B, 2, rates, C)."""
+
+    def __init__(self, width: int, classes: int, rates: int):
+        super().__init__()
+        self.fcs = nn.ModuleList(nn.Linear(width, 2 * classes) for _ in range(rates))
+        for p in self.parameters():
+            nn.init.zeros_(p)
+
+    def forward(self, x):
+        return torch.stack([fc(x).unflatten(1, (2, -1)) for fc in self.fcs], dim=2)
+
+
+class AttentiveHead(nn.Module):
+    """One learned query looks at the patch tokens through keys and values, then a linear layer.
+
+    No projection after the attention. Which token stands where does not matter."""
+
+    def __init__(self, width: int, classes: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = nn.Parameter(torch.zeros(1, 1, width))
+        self.kv = nn.Linear(width, 2 * width)
+        self.fc = nn.Linear(width, classes)
+        nn.init.trunc_normal_(self.query, std=0.02)
+
+    def forward(self, tokens):                                                  # (B, 1 + N, D)
+        split = lambda x: x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, T, d)
+        k, v = self.kv(tokens[:, 1:]).chunk(2, dim=2)                           # (B, N, D) each
+        q = self.query.to(k.dtype).expand(len(k), -1, -1)                       # (B, 1, D)
+        x = F.scaled_dot_product_attention(split(q), split(k), split(v))        # (B, heads, 1, d)
+        return self.fc(x.flatten(1))                                            # (B, C)
+
+
+class Classifier(nn.Module):
+    """Encoder and classifier to be fine-tuned, and its released parameter names.
+
+    pool "mean": the patch tokens' mean, a new norm (fc_norm) in place of the encoder's; "cls": the
+    class token after the encoder's norm. The first logits are all but zero (std 2e-5)."""
+
+    def __init__(self, encoder, classes: int, pool: str):
+        super().__init__()
+        self.encoder, self.pool = encoder, pool
+        width = encoder.cls_token.shape[-1]
+        encoder.pos_embed.requires_grad_(True)
+        self.fc_norm = nn.LayerNorm(width, eps=1e-6) if pool == "mean" else nn.Identity()
+        if pool == "mean":
+            encoder.norm = nn.Identity()
+        self.head = nn.Linear(width, classes)
+        nn.init.trunc_normal_(self.head.weight, std=2e-5)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images):
+        tokens = self.encoder.encode(images)                                    # (B, 1 + N, D)
+        x = tokens[:, 0] if self.pool == "cls" else self.fc_norm(tokens[:, 1:].mean(dim=1))
+        return self.head(x)                                                     # (B, C)
+
+    def weights(self) -> dict:
+        return {name.removeprefix("encoder."): value for name, value in self.state_dict().items()}
+
+
+class Segmenter(nn.Module):
+    """Batch normalisation and a 1x1 convolution on the map of patch tokens, enlarged to the input."""
+
+    def __init__(self, encoder, classes: int):
+        super().__init__()
+        self.encoder, width = encoder, encoder.cls_token.shape[-1]
+        self.head = nn.Sequential(nn.BatchNorm2d(width), nn.Conv2d(width, classes, 1))
+
+    def forward(self, images):                                                  # (B, 3, H, W)
+        tokens = self.encoder.encode(images)[:, 1:]                             # (B, N, D)
+        maps = tokens.transpose(1, 2).unflatten(2, self.encoder.grid)           # (B, D, h, w)
+        return F.interpolate(self.head(maps.float()), images.shape[-2:], mode="bilinear")  # (B, C, H, W)
+
+
+def add_drop_path(blocks, rate: float):
+    """Stochastic depth: a branch of block i is left out of a picture's pass with a chance that rises
+    linearly from 0 to `rate`; what stays is scaled up. Parameter names do not change."""
+    for block, chance in zip(blocks, torch.linspace(0, rate, len(blocks)).tolist()):
+        for branch in (block.attn, block.mlp):
+            branch.register_forward_hook(lambda module, _, output, p=chance: stochastic_depth(
+                output, p, "row", module.training))
+
+
+# ------------------------------------------------------------------------------------- optimisers
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum; a matrix's step is scaled to trust * |weight| / |gradient| (You et al. 2017).
+
+    As MAE's linear probe uses it: vectors take the plain step and are not decayed."""
+
+    def __init__(self, params, lr=0.1, weight_decay=0.0, momentum=0.9, trust=0.001):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, trust=trust))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                step = p.grad
+                if p.ndim > 1:
+                    step = step + group["weight_decay"] * p
+                    norm, length = p.norm(), step.norm()
+                    scale = group["trust"] * norm / length
+                    step = step * torch.where((norm > 0) & (length > 0), scale, torch.ones_like(scale))
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.mul_(group["momentum"]).add_(step)
+                p.sub_(group["lr"] * momentum)
+
+
+def layer_decay_groups(model: Classifier, weight_decay: float, decay: float) -> list[dict]:
+    """Parameter groups with "scale", the factor on their learning rate: 1 for the head and norms after
+    the blocks, `decay` for the last block, ... decay^(depth + 1) for what is below the first.
+
+    Vectors, positions and the class token are not decayed (MAE, released code)."""
+    depth, groups = len(model.encoder.blocks), {}
+    for name, p in model.named_parameters():
+        part = name.removeprefix("encoder.").split(".")
+        layer = 0 if part[0] in ("cls_token", "pos_embed", "patch_embed") else depth + 1
+        layer = int(part[1]) + 1 if part[0] == "blocks" else layer
+        decayed = p.ndim > 1 and part[0] not in ("cls_token", "pos_embed")
+        group = {"params": [], "weight_decay": weight_decay * decayed, "scale": decay ** (depth + 1 - layer)}
+        groups.setdefault((layer, decayed), group)["params"].append(p)
+    return list(groups.values())
+
+
+# --------------------------------------------------------------------------------------- pictures
+class Erase:
+    """Random erasing of "pixel" kind: with a chance, a rectangle becomes normal noise.
+
+    The noise is that of the normalised picture; as pictures stay uint8 until they are on the device,
+    it is cut where black and white are, about two deviations from the mean."""
+
+    def __init__(self, chance: float):
+        self.chance, self.erase = chance, v2.RandomErasing(p=1.0, value="random")
+
+    def __call__(self, picture):
+        if torch.rand(()) >= self.chance:
+            return picture
+        mean, std = common.mean_std("cpu")
+        erased = self.erase((picture / 255 - mean) / std) * std + mean
+        return (255 * erased).round().clamp(0, 255).byte()
+
+
+def augment(cfg: Config):
+    """Crop and flip, RandAugment, random erasing, as far as the configuration asks for them.
+
+    RandAugment's magnitude counts 11 bins, so that 9 is 9 tenths of the strongest (27 degrees of
+    rotation), as the papers mean it; torchvision's own 31 bins would make it 30 percent."""
+    steps = [common.augment(cfg.image_size, cfg.crop_scale)]
+    if cfg.randaugment:
+        fill = [round(255 * value) for value in common.MEAN]
+        steps.append(v2.RandAugment(2, cfg.randaugment, 11, v2.InterpolationMode.BILINEAR, fill=fill))
+    return v2.Compose(steps + [Erase(cfg.erasing)] * (cfg.erasing > 0))
+
+
+def mixing(cfg: Config, classes: int):
+    """(images, labels) -> mixed images, soft labels (B, C): MixUp or CutMix, either as likely."""
+    kinds = [kind(alpha=alpha, num_classes=classes)
+             for kind, alpha in ((v2.MixUp, cfg.mixup), (v2.CutMix, cfg.cutmix)) if alpha]
+    return v2.RandomChoice(kinds) if kinds else lambda images, labels: (images, labels)
+
+
+def subset(pictures, shots: int, percent: float, seed: int):
+    """`shots` pictures of each class, or `percent` of them (at least one), drawn by the seed."""
+    random, rows = np.random.RandomState(seed), []
+    for label in np.unique(pictures.labels):
+        mine = random.permutation(np.flatnonzero(pictures.labels == label))
+        rows.append(mine[:shots or max(1, round(len(mine) * percent / 100))])
+    rows = np.sort(np.concatenate(rows))
+    return common.Pictures(pictures.source[rows], pictures.labels[rows], pictures.seed)
+
+
+class Masked(common.Pictures):
+    """Pictures with a mask each; an item is ((picture (3, H, W), classes (H, W)), -1, index), both uint8.
+
+    masks: uint8 tensor (n, H, W), or files of one number a pixel; where `shift`, 0 is IGNORE and the
+    classes count from 1 (ADE20K)."""
+
+    def __init__(self, source, masks, seed=0, transform=None, shift=False):
+        super().__init__(source, None, seed, transform)
+        self.masks, self.shift = masks, shift
+
+    def read(self, index):
+        picture, mask = super().read(index), self.masks[index]
+        if not torch.is_tensor(mask):
+            with Image.open(mask) as image:
+                mask = torch.from_numpy(np.array(image))
+        if mask.shape != picture.shape[1:] or mask.dtype != torch.uint8:
+            raise OSError(f"its mask is {mask.dtype} {tuple(mask.shape)}")
+        return tv_tensors.Image(picture), tv_tensors.Mask(mask - 1 if self.shift else mask)
+
+
+def open_masked(cfg: Config) -> tuple[Masked, Masked, list]:
+    """Training and test set of shapes, ade20k, or a folder; the names of the classes.
+
+    A folder holds images/ and masks/ (or annotations/) with files of the same names, flat (every
+    tenth is kept for testing) or in training/ and validation/ (or train/ and val/). Raises UserError."""
+    if cfg.data == "shapes":
+        drawn = [common.shapes("train", np.arange(10_000)), common.shapes("test", np.arange(2_000))]
+        sets = [Masked(torch.from_numpy(d["picture"]), torch.from_numpy(d["mask"] * (d["shape"] + 1)[:, None, None])
+                       .byte(), cfg.seed) for d in drawn]
+        return *sets, ["ground", *common.SHAPES]
+    ade = cfg.data == "ade20k"
+    top = Path(cfg.data_root, "ADEChallengeData2016") if ade else Path(cfg.data)
+    masks = next((top / name for name in ("masks", "annotations") if (top / name).is_dir()), None)
+    if masks is None or not (top / "images").is_dir():
+        raise common.UserError(f"no images/ and masks/ (or annotations/) in {top}; --data is a folder of these or "
+                               "one of shapes, ade20k")
+
+    def pairs(*parts):
+        for part in parts:
+            files = {p.stem: p for p in sorted((masks / part).glob("*")) if p.suffix.lower() in (".png", ".bmp", ".tif")}
+            images = [p for p in sorted((top / "images" / part).glob("*")) if p.stem in files]
+            if images:
+                return images, [files[p.stem] for p in images]
+        return [], []
+
+    (x, y), (u, z) = pairs("training", "train", "."), pairs("validation", "val")
+    if not u:
+        u, z, x, y = x[9::10], y[9::10], [p for i, p in enumerate(x) if i % 10 < 9], [p for i, p in enumerate(y) if i % 10 < 9]
+    if not x or not u:
+        raise common.UserError(f"{top}: {len(x)} pictures with masks to train on, {len(u)} to test on")
+    count = 150 if ade else cfg.num_classes
+    train, test = (Masked(files, where, cfg.seed, shift=ade) for files, where in ((x, y), (u, z)))
+    if not count:
+        highest = [np.asarray(Image.open(path)) for path in tqdm(y, "classes", leave=False, disable=None)]
+        count = 1 + max(int(mask[mask != IGNORE].max(initial=0)) for mask in highest)
+    common.say(f"{top}: {len(x)} pictures to train on, {len(u)} to test on, {count} classes")
+    return train, test, [str(i) for i in range(count)]
+
+
+def windows(size: int, crop: int, stride: int) -> list[int]:
+    """Where windows of `crop` begin along `size`: every `stride`, the last one flush with the end."""
+    return [min(start, size - crop) for start in range(0, max(size - crop, 0) + stride, stride)
+            if start - stride < size - crop or start == 0]
+
+
+def slide(model, image, crop: int, stride: int, classes: int):
+    """Logits (B, C, H, W) of images (B, 3, H, W), sides >= crop: the mean of overlapping windows."""
+    H, W = image.shape[-2:]
+    total, count = image.new_zeros(len(image), classes, H, W), image.new_zeros(1, 1, H, W)
+    for top in windows(H, crop, stride):
+        for left in windows(W, crop, stride):
+            here = (..., slice(top, top + crop), slice(left, left + crop))
+            total[here] += model(image[here]).float()
+            count[here] += 1
+    return total / count
+
+
+@torch.no_grad()
+def segmentation(cfg: Config, model, pictures: Masked, classes: int, device):
+    """(C, C) pixel counts over the whole set. The shorter side is resized to --image-size, the logits
+    back to the mask's own size. Each process takes its share; unreadable pictures are left out."""
+    model.eval()
+    counts = torch.zeros(classes, classes, dtype=torch.int64, device=device)
+    mine = range(common.rank(), len(pictures), common.world())
+    size = 100 if torch.is_tensor(pictures.source) else 1                       # files differ in size
+    rows = [[(0, i) for i in mine[start:start + size]] for start in range(0, len(mine), size)]
+    batches = common.loader(pictures, rows, cfg.workers)
+    batches = tqdm(batches, "segmentation", disable=None if common.rank() == 0 else True, leave=False)
+    for asked, ((images, masks), _, index) in zip(rows, batches):
+        if index.tolist() == [i for _, i in asked]:
+            prediction = segment_pictures(cfg, model, images, masks.shape[-2:], classes, device)
+            counts += confusion(masks.to(device), prediction, classes)
+    if common.world() > 1:
+        dist.all_reduce(counts)
+    return counts
+
+
+def segment_pictures(cfg: Config, model, images, size, classes: int, device):
+    """uint8 images (B, 3, H, W) -> predicted classes (B, *size)."""
+    images = common.to_device(v2.functional.resize(images, [cfg.image_size], v2.InterpolationMode.BICUBIC), device)
+    with common.autocast(device, cfg.precision):
+        logits = slide(model, images, cfg.image_size, cfg.stride or max(1, cfg.image_size * 2 // 3), classes)
+    return F.interpolate(logits, size, mode="bilinear").argmax(dim=1)
+
+
+# ---------------------------------------------------------------------------------------- training
+def fit(cfg: Config, run, network, optimizer, peak_lr, batches, loss_of, after_step=None, score=None):
+    """The loop of every protocol that trains. loss_of: batch -> scalar loss; score() after each epoch.
+
+    What is drawn in a step (drop path, mixing) depends on the seed, the step and the process.
+    Returns the scores after the last step, None if there are none."""
+    warmup, scores = cfg.warmup_epochs * run.steps_per_epoch, None
+    for step in run.steps():
+        lr = common.learning_rate(step, warmup, run.total, peak_lr, cfg.min_lr)
+        if cfg.schedule == "linear" and step >= warmup:
+            lr = cfg.min_lr + (peak_lr - cfg.min_lr) * (run.total - step) / (run.total - warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("scale", 1)
+        network.train()
+        step_loss = 0.0
+        for part in range(cfg.accumulate):
+            torch.manual_seed(common.mix(cfg.seed, step, part, common.rank()))
+            waits = common.world() > 1 and part < cfg.accumulate - 1    # gradients travel once a step
+            with network.no_sync() if waits else contextlib.nullcontext():
+                loss = loss_of(next(batches))
+                (loss / cfg.accumulate).backward()
+            step_loss += loss.detach() / cfg.accumulate
+        optimizer.step()
+        optimizer.zero_grad()
+        if after_step:
+            after_step()
+        scores = score() if run.end_step(step, step_loss, lr) and score else None
+        if scores:
+            run.write(step=step + 1, **scores)
+    return scores
+
+
+def distributed(model):
+    return DistributedDataParallel(model) if common.world() > 1 else model
+
+
+def picture_batches(cfg: Config, pictures, run):
+    order = common.Batches(cfg, len(pictures), run.first, run.last)
+    return iter(common.loader(pictures, order, cfg.workers))
+
+
+# --------------------------------------------------------------------------------------- protocols
+def knn(cfg: Config, encoder, device, data) -> dict:
+    """Weighted k-NN of every tap and k; the figure is --features with k = 20."""
+    (train, y), (test, z) = (all_features(cfg, encoder, part, device) for part in (data.train, data.test))
+    result = {}
+    common.say("top-1 %    " + "".join(f"k {k:<6}" for k in NEIGHBOURS))
+    for tap in train:
+        similarity, rows = common.nearest(test[tap], train[tap], max(NEIGHBOURS))
+        for k in NEIGHBOURS:
+            result[f"{tap}_{k}"] = common.vote(similarity[:, :k], y[rows[:, :k]], z, len(data.classes))
+        common.say(f"{tap:10} " + "".join(f"{result[f'{tap}_{k}'][0]:<8.1f}" for k in NEIGHBOURS))
+    top1, top5 = result[f"{cfg.features}_20"]
+    return {"top1": top1, "top5": top5} | {name: scores[0] for name, scores in result.items()}
+
+
+def retrieval(cfg: Config, encoder, device, data) -> dict:
+    """Recall@1, Recall@5 and mAP among the test pictures, of every tap; the figures are --features'."""
+    test, labels = all_features(cfg, encoder, data.test, device)
+    result = {tap: dict(zip(("recall1", "recall5", "map"), ranking(test[tap], labels))) for tap in test}
+    for tap, scores in result.items():
+        common.say(f"{tap:10} " + ", ".join(f"{name} {value:.1f} %" for name, value in scores.items()))
+    return result[cfg.features] | {f"{tap}_{n}": v for tap, scores in result.items() for n, v in scores.items()}
+
+
+def linear_sweep(cfg: Config, encoder, device, data) -> dict:
+    """Linear layers on cached, standardised features, one for each learning rate of the sweep.
+
+    Each is trained twice side by side: without every tenth training picture, whose accuracy chooses
+    the rate, and with all of them, for the figure."""
+    (train, y), (test, z) = (all_features(cfg, encoder, part, device) for part in (data.train, data.test))
+    x, u, classes = train[cfg.features], test[cfg.features], len(data.classes)
+    mean, std = x.mean(dim=0), x.std(dim=0) + 1e-6
+    x, u = (x - mean) / std, (u - mean) / std
+    every = min(10, len(x))
+    held = torch.arange(len(x), device=device) % every == every - 1
+    heads = SweepHeads(x.shape[1], classes, len(RATES)).to(device)
+    cfg = replace(cfg, batch_size=min(cfg.batch_size, len(x) // common.world() * common.world()))
+    groups = [{"params": fc.parameters(), "scale": 2 * len(RATES) * rate}      # the loss is the heads' mean
+              for fc, rate in zip(heads.fcs, RATES)]
+    optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=cfg.weight_decay)
+    steps_per_epoch, peak_lr = common.plan(cfg, len(x))
+    common.say(f"of {len(x)} training pictures, {held.sum()} choose among the rates "
+               + ", ".join(f"{peak_lr * rate:.3g}" for rate in RATES))
+    run = common.Run("evaluate", cfg, heads, optimizer, steps_per_epoch)
+    network = distributed(heads)
+
+    def loss_of(batch):
+        rows = torch.tensor([index for _, index in batch], device=device)
+        labels = y[rows, None, None].expand(-1, 2, len(RATES))
+        loss = F.cross_entropy(network(x[rows]).flatten(0, 2), labels.flatten(), reduction="none").view(labels.shape)
+        seen = torch.stack([~held[rows], torch.ones_like(held[rows])], dim=1).unsqueeze(2)     # (B, 2, 1)
+        return ((loss * seen).sum(dim=0) / seen.sum(dim=0).clamp(min=1)).mean()
+
+    fit(cfg, run, network, optimizer, peak_lr, iter(common.Batches(cfg, len(x), run.first, run.last)), loss_of)
+    with torch.no_grad():
+        chosen = 100 * (heads(x[held])[:, 0].argmax(dim=-1) == y[held, None]).float().mean(dim=0)      # (rates)
+        best = int(chosen.argmax())
+        scores = top1_top5(heads(u)[:, 1, best], z)
+    common.say(f"learning rate {peak_lr * RATES[best]:.3g} was chosen, {chosen[best]:.1f} % on the held-out tenth")
+    return scores | {"chosen_lr": peak_lr * RATES[best]}
+
+
+def probe(cfg: Config, encoder, device, data) -> dict:
+    """MAE's linear probe (--no-cached) or the attentive one: a head trained on a frozen encoder."""
+    width, classes = encoder.cls_token.shape[-1], len(data.classes)
+    if cfg.protocol == "attentive":
+        heads = max(1, width // 64)
+        model = Frozen(encoder, AttentiveHead(width, classes, heads if width % heads == 0 else 1)).to(device)
+        groups = common.parameter_groups(model.head, cfg.weight_decay)
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, cfg.beta2), fused=True)
+    else:
+        encoder.norm = nn.Identity() if cfg.features.endswith("raw") else encoder.norm
+        model = Frozen(encoder, LinearHead(width, classes, cfg.features)).to(device)
+        optimizer = LARS(model.head.parameters(), weight_decay=cfg.weight_decay)
+    return classify(cfg, model, model.head, optimizer, device, data)
+
+
+def classify(cfg: Config, model, trained, optimizer, device, data, ema=None) -> dict:
+    """Train model: images -> logits on augmented pictures; score it after each epoch, report the last.
+
+    trained: the module whose weights the run's checkpoint keeps. ema: averages model's weights."""
+    data.train.transform = augment(cfg)
+    steps_per_epoch, peak_lr = common.plan(cfg, len(data.train))
+    run = common.Run("evaluate", cfg, trained, optimizer, steps_per_epoch)
+    common.say(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters are trained")
+    if cfg.compile:
+        model.compile()
+    network, mix = distributed(model), mixing(cfg, len(data.classes))
+
+    def loss_of(batch):
+        images, labels = common.to_device(batch[0], device), batch[1].to(device, non_blocking=True)
+        images, labels = mix(images, labels)
+        with common.autocast(device, cfg.precision):
+            logits = network(images)
+        return F.cross_entropy(logits.float(), labels, label_smoothing=cfg.smoothing)
+
+    def score():
+        scores = accuracy(cfg, model, data.test, device)
+        if ema:
+            scores |= {f"ema_{name}": value for name, value in accuracy(cfg, ema, data.test, device).items()}
+        common.say(", ".join(f"{name} {value:.2f} %" for name, value in scores.items()))
+        return scores
+
+    return fit(cfg, run, network, optimizer, peak_lr, picture_batches(cfg, data.train, run), loss_of,
+               (lambda: ema.update_parameters(model)) if ema else None, score) or score()
+
+
+def finetune(cfg: Config, encoder, device, data, extra: dict, about: dict) -> dict:
+    """All weights, end to end; or, with --eval, the score of a fine-tuned checkpoint.
+
+    Writes finetuned.pt (and finetuned-ema.pt) with the released parameter names."""
+    classes = len(data.classes)
+    if cfg.eval:
+        if extra.get("head.weight", torch.empty(0)).shape[:1] != (classes,):
+            raise common.UserError(f"{cfg.checkpoint} has no classifier of {classes} classes")
+        cfg = replace(cfg, pool="mean" if "fc_norm.weight" in extra else "cls")
+    model = Classifier(encoder, classes, cfg.pool)
+    if cfg.eval:
+        head = {name: value for name, value in extra.items() if name.startswith(("head.", "fc_norm."))}
+        missing, unexpected = model.load_state_dict(head, strict=False)
+        wrong = unexpected + [name for name in missing if not name.startswith("encoder.")]
+        if wrong:
+            raise common.UserError(f"{cfg.checkpoint} has another classifier: {wrong[:3]}")
+        return accuracy(cfg, model.to(device), data.test, device)
+    add_drop_path(encoder.blocks, cfg.drop_path)
+    model.to(device)
+    groups = layer_decay_groups(model, cfg.weight_decay, cfg.layer_decay)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, cfg.beta2), fused=True)
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema)) if cfg.ema else None
+    trained = nn.ModuleList([model, ema] if ema else [model])
+    result = classify(cfg, model, trained, optimizer, device, data, ema)
+    for name, part in ({"finetuned": model} | ({"finetuned-ema": ema.module} if ema else {})).items():
+        if common.rank() == 0:
+            weights = {key: value.cpu() for key, value in part.weights().items()}
+            torch.save(about | {"model": weights}, Path(cfg.output, f"{name}.pt"))
+    return result
+
+
+def segment(cfg: Config, encoder, device) -> dict:
+    """Mean intersection over union of a linear head on the patch map, the encoder frozen or trained."""
+    train, test, classes = open_masked(cfg)
+    train.transform = v2.Compose([
+        v2.RandomResizedCrop(cfg.image_size, (cfg.crop_scale, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
+        if cfg.crop_scale < 1 else v2.Resize((cfg.image_size, cfg.image_size)), v2.RandomHorizontalFlip()])
+    model = Segmenter(encoder.requires_grad_(not cfg.frozen), len(classes)).to(device)
+    encoder.pos_embed.requires_grad_(False)
+    trained = model.head if cfg.frozen else model
+    optimizer = torch.optim.AdamW(common.parameter_groups(model, cfg.weight_decay), betas=(0.9, cfg.beta2), fused=True)
+    steps_per_epoch, peak_lr = common.plan(cfg, len(train))
+    run = common.Run("evaluate", cfg, trained, optimizer, steps_per_epoch)
+    if cfg.compile:
+        model.compile()
+    network = distributed(model)
+
+    def loss_of(batch):
+        (images, masks), _, _ = batch
+        with common.autocast(device, cfg.precision):
+            logits = network(common.to_device(images, device))
+        return F.cross_entropy(logits.float(), masks.to(device).long(), ignore_index=IGNORE)
+
+    fit(cfg, run, network, optimizer, peak_lr, picture_batches(cfg, train, run), loss_of)
+    counts = segmentation(cfg, model, test, len(classes), device)
+    if common.rank() == 0:
+        show(cfg, model, test, len(classes), device, run.folder / "segmentation.png")
+    return {"miou": mean_iou(counts), "pixels": 100 * (counts.diag().sum() / counts.sum()).item()}
+
+
+@torch.no_grad()
+def show(cfg: Config, model, pictures: Masked, classes: int, device, path):
+    """Write eight pictures, their true and their predicted classes in colours."""
+    crop = common.Centre(cfg.image_size)
+    palette = torch.from_numpy(np.random.RandomState(1).randint(40, 256, (256, 3))).float() / 255
+    palette[0], palette[IGNORE] = 0.1, 1.0
+    mean, std = common.mean_std("cpu")
+    colours = lambda mask: (palette[mask.long().cpu()].permute(0, 3, 1, 2) - mean) / std
+    rows = {"picture": [], "truth": [], "prediction": []}
+    for i in np.linspace(0, len(pictures) - 1, 8).astype(int):
+        (image, mask), _, _ = pictures[0, i]
+        prediction = segment_pictures(cfg, model, image[None], mask.shape, classes, device)
+        rows["picture"].append(common.to_device(crop(image)[None], "cpu"))
+        for name, classes_ in (("truth", mask[None]), ("prediction", prediction)):
+            rows[name].append(crop(colours(classes_)[0])[None])
+    common.save_rows(path, {name: torch.cat(images) for name, images in rows.items()})
+
+
+def evaluate(cfg: Config) -> dict:
+    """Run one protocol; returns the last line of metrics.jsonl."""
+    device = common.start(cfg.seed)
+    data = None
+    if cfg.protocol != "segment":
+        data = common.open_data(cfg.data, cfg.data_root, cfg.seed)
+        if data.test is None:
+            raise common.UserError(f"{cfg.data} has no labelled pictures to train and test on")
+        data = data._replace(train=subset(data.train, cfg.shots, cfg.percent, cfg.seed))
+    encoder, extra, about = load_encoder(cfg)
+    cfg = replace(cfg, image_size=about["config"]["image_size"])
+    encoder.to(device).eval()
+    common.say(f"encoder of {about['method']}: {sum(p.numel() for p in encoder.parameters()):,} parameters, "
+               f"input {cfg.image_size} pixels, {encoder.grid[0] * encoder.grid[1]} patches")
+    if common.rank() == 0:
+        Path(cfg.output).mkdir(parents=True, exist_ok=True)
+    if cfg.protocol == "segment":
+        result = segment(cfg, encoder, device)
+    elif cfg.protocol == "finetune":
+        result = finetune(cfg, encoder, device, data, extra, about)
+    elif cfg.protocol == "linear" and cfg.cached:
+        result = linear_sweep(cfg, encoder, device, data)
+    elif cfg.protocol in ("linear", "attentive"):
+        result = probe(cfg, encoder, device, data)
+    else:
+        result = {"knn": knn, "retrieval": retrieval}[cfg.protocol](cfg, encoder, device, data)
+    result = {"protocol": cfg.protocol, "checkpoint": cfg.checkpoint, "data": cfg.data} | result
+    common.write_metrics(Path(cfg.output), **result)
+    figures = ("top1", "top5", "ema_top1", "recall1", "recall5", "map", "miou", "pixels")
+    common.say(f"{cfg.protocol}, {cfg.checkpoint}, {cfg.data}: "
+               + ", ".join(f"{name} {result[name]:.1f} %" for name in figures if name in result))
+    return result
+
+
+def main(argv=None) -> dict:
+    with common.launched():
+        argv = list(sys.argv[1:] if argv is None else argv)
+        protocol = argv.pop(0) if argv and not argv[0].startswith("-") else "knn"
+        if protocol not in PRESETS:
+            raise common.UserError(f"no protocol {protocol}; there are {', '.join(PRESETS)}")
+        return evaluate(common.parse(Config, PRESETS[protocol], ["--protocol", protocol, *argv], __doc__))
+
+
+if __name__ == "__main__":
+    main()

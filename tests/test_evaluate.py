@@ -1,0 +1,562 @@
+"""evaluate.py: scores, heads, optimisers, augmentation, released files, and whole runs of every protocol."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision import datasets
+from torchvision.ops import stochastic_depth
+from torchvision.transforms import v2
+
+import common
+import evaluate
+import mae
+from conftest import ROOT, draw, golden
+from test_train import TINY, photos, tiny                # noqa: F401, photos is a fixture
+
+VIT = dict(model="micro", image_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2)
+
+
+def vit(**changes):
+    """An encoder as `load_encoder` gives it, untrained."""
+    return evaluate.load_encoder(evaluate.Config(**VIT | changes))[0]
+
+
+def official(size=16, depth=2):
+    """Weights in the layout of the released MAE: all of them, decoder included."""
+    torch.manual_seed(5)
+    return mae.MAE(size, 4, 16, depth, 2, 8, 1, 2).state_dict()
+
+
+# ------------------------------------------------------------------------------------------- optimisers
+def test_lars_golden_figures():
+    import zlib
+    figures = golden("misc")["lars"]
+    w, b, x = (torch.nn.Parameter(draw(f"lars/{n}", *s)) for n, s in (("w", (8, 5)), ("b", (8,)), ("x", (16, 5))))
+    y = torch.from_numpy(np.random.RandomState(zlib.crc32(b"lars/y")).randint(0, 8, 16))
+    optimizer = evaluate.LARS([w, b], figures["lr"], figures["weight_decay"], figures["momentum"], figures["trust_coefficient"])
+    for _ in range(figures["steps"]):
+        optimizer.zero_grad()
+        F.cross_entropy(x.detach() @ w.T + b, y).backward()
+        optimizer.step()
+    assert w.norm().item() == pytest.approx(figures["w_norm"], rel=1e-6)
+    torch.testing.assert_close(w.flatten()[:5], torch.tensor(figures["w_head"]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(b.detach(), torch.tensor(figures["b"]), rtol=1e-5, atol=1e-6)
+
+
+def test_lars_by_hand():
+    w, zero = torch.nn.Parameter(torch.tensor([[3.0, 4.0]])), torch.nn.Parameter(torch.zeros(1, 2))
+    optimizer = evaluate.LARS([w, zero], lr=0.1)
+    for want in ([[2.9997, 3.9996]], [[2.99913, 3.99884]]):
+        w.grad, zero.grad = torch.tensor([[0.6, 0.8]]), torch.tensor([[1.0, 0.0]])
+        optimizer.step()
+        torch.testing.assert_close(w.detach(), torch.tensor(want), atol=1e-6, rtol=0)
+    torch.testing.assert_close(zero.detach(), torch.tensor([[-0.1 - 0.1 * 0.001 - 0.09, 0.0]]), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("depth, decay, embed", [(12, 0.65, 0.65 ** 13), (24, 0.75, 7.525e-4), (32, 0.75, 7.534e-5)])
+def test_layer_decay(depth, decay, embed):
+    with torch.device("meta"):
+        encoder = mae.VisionTransformer(32, 16, 16, depth, 2)
+    model = evaluate.Classifier(encoder, 3, "mean")
+    groups = evaluate.layer_decay_groups(model, 0.05, decay)
+    scale = {id(p): (g["scale"], g["weight_decay"]) for g in groups for p in g["params"]}
+    got = {name: scale[id(p)] for name, p in model.named_parameters()}           # each in one group
+    assert sum(len(g["params"]) for g in groups) == len(got)
+    for name in ("pos_embed", "cls_token", "patch_embed.proj.bias"):
+        assert got[f"encoder.{name}"] == (pytest.approx(embed, rel=1e-3), 0)
+    assert got["encoder.patch_embed.proj.weight"] == (pytest.approx(embed, rel=1e-3), 0.05)
+    assert got[f"encoder.blocks.{depth - 1}.mlp.fc1.weight"] == (pytest.approx(decay), 0.05)
+    assert got["encoder.blocks.0.norm1.weight"] == (pytest.approx(decay ** depth), 0)
+    assert got["head.weight"] == (1, 0.05) and got["fc_norm.bias"] == (1, 0)
+
+
+def test_parameter_counts_of_the_paper():
+    for size, patch, tuned, probed in (("base", 16, 86_567_656, 769_000), ("large", 16, 304_326_632, 1_025_000),
+                                       ("huge", 14, 632_045_800, 1_281_000)):
+        with torch.device("meta"):
+            encoder = mae.VisionTransformer(224, patch, *mae.SIZES[size])
+            head = evaluate.LinearHead(encoder.cls_token.shape[-1], 1000, "cls")
+        probe = evaluate.Frozen(encoder, head)
+        assert sum(p.numel() for p in probe.parameters() if p.requires_grad) == probed
+        with torch.device("meta"):
+            assert sum(p.numel() for p in evaluate.Classifier(encoder, 1000, "mean").parameters()) == tuned
+
+
+def test_presets_are_the_papers():
+    base = evaluate.PRESETS["finetune"]["imagenet"]
+    want = dict(batch_size=1024, epochs=100, warmup_epochs=5, base_lr=5e-4, min_lr=1e-6, weight_decay=0.05, layer_decay=0.65,
+                drop_path=0.1, crop_scale=0.08, randaugment=9, erasing=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1)
+    assert want.items() <= base.items()
+    large, huge = (evaluate.PRESETS["finetune"][f"imagenet-{s}"] for s in ("large", "huge"))
+    assert (large["base_lr"], large["epochs"], large["layer_decay"], large["drop_path"]) == (1e-3, 50, 0.75, 0.2)
+    assert huge["drop_path"] == 0.3
+    probe = evaluate.PRESETS["linear"]["imagenet"]
+    assert (probe["batch_size"], probe["epochs"], probe["warmup_epochs"], probe["base_lr"]) == (16384, 90, 10, 0.1)
+    for presets in evaluate.PRESETS.values():            # every one of them can be built
+        for name, preset in presets.items():
+            evaluate.Config(**preset, preset=name)
+
+
+# ------------------------------------------------------------------------------------------------ scores
+def test_nearest_does_not_depend_on_chunks():
+    generator = torch.Generator().manual_seed(0)
+    train, test = torch.randn(300, 8, generator=generator), torch.randn(2300, 8, generator=generator)
+    similarity, rows = common.nearest(test, train, 7)
+    alone = [common.nearest(test[i:i + 1], train, 7) for i in (0, 999, 1000, 2299)]
+    for i, (s, r) in zip((0, 999, 1000, 2299), alone):
+        assert torch.equal(r[0], rows[i]) and torch.allclose(s[0], similarity[i], atol=1e-6)
+    exact = F.normalize(test.double(), dim=1) @ F.normalize(train.double(), dim=1).T
+    assert (exact.topk(7).indices == rows).float().mean() > 0.999
+    assert common.nearest(test, train[:3], 7)[0].shape == (2300, 3)
+
+
+def test_vote_is_that_of_a_softmax():
+    generator = torch.Generator().manual_seed(0)
+    similarity = torch.rand(500, 20, generator=generator).sort(descending=True).values
+    voters, y = torch.randint(0, 6, (500, 20), generator=generator), torch.randint(0, 6, (500,), generator=generator)
+    votes = torch.zeros(500, 6, dtype=torch.double).scatter_add_(1, voters, (similarity.double() / 0.07).softmax(1))
+    want = 100 * (votes.argmax(1) == y).double().mean().item()
+    assert common.vote(similarity, voters, y, 6)[0] == pytest.approx(want, abs=1e-4)
+
+
+def test_ranking_by_hand():
+    angles = torch.tensor([0.0, 10, 25, 45, 180]).deg2rad()                      # d's class has no other member
+    features, labels = torch.stack([angles.cos(), angles.sin()], dim=1), torch.tensor([0, 1, 0, 1, 2])
+    # a: b c d -> hit at 2; b: a c d -> hit at 3; c: b d a -> hit at 3; d: c b a -> hit at 2
+    recall1, recall5, average = evaluate.ranking(features, labels)
+    assert (recall1, recall5) == (0, 100) and average == pytest.approx(100 * (1 / 2 + 1 / 3 + 1 / 3 + 1 / 2) / 4)
+    assert evaluate.ranking(features[[0, 0, 4, 4]], torch.tensor([0, 0, 1, 1])) == pytest.approx((100, 100, 100))
+
+
+def test_a_picture_is_not_its_own_neighbour():
+    features = torch.randn(1200, 16, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(1200) % 10
+    assert 6 < evaluate.ranking(features, labels)[0] < 14                        # chance, where itself would be 100
+
+
+def test_mean_iou_by_hand():
+    truth, prediction = torch.tensor([0, 1, 1, 1, 2, 255]), torch.tensor([0, 0, 1, 1, 2, 0])
+    counts = evaluate.confusion(truth, prediction, 4)    # class 3 never occurs and does not count
+    assert counts.sum() == 5 and evaluate.mean_iou(counts) == pytest.approx(100 * (1 / 2 + 2 / 3 + 1) / 3)
+    assert evaluate.mean_iou(counts + evaluate.confusion(truth, truth, 4)) != evaluate.mean_iou(counts)
+
+
+def test_sliding_window():
+    constant = lambda x: torch.tensor([1.0, -2.0]).view(1, 2, 1, 1).expand(len(x), 2, *x.shape[-2:])
+    for size in ((32, 32), (32, 47), (50, 90)):
+        out = evaluate.slide(constant, torch.zeros(2, 3, *size), 32, 21, 2)
+        assert out.shape == (2, 2, *size) and (out[:, 0] == 1).all() and (out[:, 1] == -2).all()
+    seen = evaluate.slide(lambda x: x[:, :1], torch.arange(3 * 40 * 75.).view(1, 3, 40, 75), 32, 21, 1)
+    torch.testing.assert_close(seen, torch.arange(40 * 75.).view(1, 1, 40, 75))  # each window where it belongs
+    assert evaluate.windows(683, 512, 341) == [0, 171] and evaluate.windows(512, 512, 341) == [0]
+    assert evaluate.windows(1100, 512, 341) == [0, 341, 588]
+
+
+# ------------------------------------------------------------------------------------------------- heads
+def test_batch_norm_of_the_probe_can_be_folded_into_the_linear_layer():
+    torch.manual_seed(0)
+    head, tokens = evaluate.LinearHead(16, 5, "mean"), 3 * torch.randn(64, 5, 16) + 2
+    for _ in range(100):
+        head(tokens)
+    head.eval()
+    scale = (head.norm.running_var + 1e-6).rsqrt()
+    x = tokens[:, 1:].mean(1)
+    folded = F.linear(x, head.fc.weight * scale, head.fc.bias - head.fc.weight @ (scale * head.norm.running_mean))
+    torch.testing.assert_close(head(tokens), folded, atol=1e-5, rtol=1e-5)
+    assert torch.equal(evaluate.LinearHead(16, 5, "cls").eval()(tokens), evaluate.LinearHead(16, 5, "cls").eval()(tokens)) is False
+
+
+def test_attentive_head():
+    torch.manual_seed(0)
+    head, tokens = evaluate.AttentiveHead(16, 5, 2), torch.randn(4, 10, 16)
+    want = F.linear(head.kv(tokens[:, 1:])[..., 16:].mean(1), head.fc.weight, head.fc.bias)
+    uniform = torch.nn.init.zeros_(head.query)           # equal attention is the mean
+    torch.testing.assert_close(head(tokens), want, atol=1e-6, rtol=1e-5)
+    torch.nn.init.normal_(uniform)
+    mixed = torch.cat([torch.randn(4, 1, 16), tokens[:, 1:][:, torch.randperm(9)]], dim=1)
+    torch.testing.assert_close(head(tokens), head(mixed), atol=1e-6, rtol=1e-5)
+    q, (k, v) = head.query.view(2, 8), head.kv(tokens[0, 1:]).chunk(2, dim=1)    # by hand, head by head
+    by_hand = [((k[:, s] @ q[h]) / 8 ** 0.5).softmax(0) @ v[:, s] for h, s in enumerate((slice(0, 8), slice(8, 16)))]
+    torch.testing.assert_close(head(tokens)[0], head.fc(torch.cat(by_hand)), atol=1e-5, rtol=1e-5)
+
+
+def test_classifier_pools_as_released():
+    encoder, images = vit(), torch.randn(2, 3, 16, 16)
+    tokens = encoder.encode(images)
+    cls = evaluate.Classifier(encoder, 3, "cls")
+    torch.testing.assert_close(cls(images), cls.head(tokens[:, 0]))
+    encoder = vit()
+    raw = []
+    encoder.norm.register_forward_hook(lambda m, x, y: raw.append(x[0]))
+    encoder.encode(images)
+    mean = evaluate.Classifier(encoder, 3, "mean")
+    torch.testing.assert_close(mean(images), mean.head(F.layer_norm(raw[0][:, 1:].mean(1), (16,), eps=1e-6)))
+    assert set(mean.weights()) == set(encoder.state_dict()) | {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
+    assert mean.head.weight.std() < 4e-5 and encoder.pos_embed.requires_grad
+
+
+def test_taps():
+    encoder, images = vit(), torch.randn(3, 3, 16, 16)
+    norm, encoder.norm = encoder.norm, torch.nn.Identity()
+    torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    found = evaluate.taps(encoder.encode(images), norm)
+    encoder.norm = norm
+    tokens = encoder.encode(images)
+    torch.testing.assert_close(found["cls"], tokens[:, 0]), torch.testing.assert_close(found["mean"], tokens[:, 1:].mean(1))
+    assert list(found) == ["cls", "mean", "cls-raw", "mean-raw"]
+    torch.testing.assert_close(norm(found["cls-raw"]), found["cls"])
+    assert not torch.allclose(norm(found["mean-raw"]), found["mean"])
+
+
+def test_drop_path():
+    torch.manual_seed(0)
+    kept = torch.stack([stochastic_depth(torch.ones(1, 1), 0.3, "row") for _ in range(4000)])
+    assert kept.mean().item() == pytest.approx(1, abs=0.05) and kept.unique().tolist() == pytest.approx([0, 1 / 0.7])
+    encoder, images = vit(depth=3), torch.randn(64, 3, 16, 16)
+    want, names = encoder.encode(images), list(encoder.state_dict())
+    evaluate.add_drop_path(encoder.blocks, 1.0)          # chances 0, 0.5, 1: the last block always goes
+    torch.testing.assert_close(encoder.eval().encode(images), want)              # nothing is dropped when scoring
+    encoder.train()
+    last, seen = encoder.blocks[2], []
+    last.register_forward_hook(lambda m, x, y: seen.append(torch.equal(x[0], y)))
+    first = encoder.blocks[0]
+    first.register_forward_hook(lambda m, x, y: seen.append((x[0] != y).flatten(1).any(1).all().item()))
+    encoder.encode(images)
+    assert seen == [True, True] and list(encoder.state_dict()) == names
+
+
+def test_ema_is_the_closed_form():
+    model = torch.nn.Linear(2, 1, bias=False)
+    ema, want = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9)), None
+    for value in (1.0, 5.0, -2.0):
+        torch.nn.init.constant_(model.weight, value)
+        ema.update_parameters(model)
+        want = value if want is None else 0.9 * want + 0.1 * value
+    torch.testing.assert_close(ema.module.weight, torch.full((1, 2), want))
+
+
+# -------------------------------------------------------------------------------------------------- pictures
+def test_randaugment_turns_by_27_degrees_at_most():
+    cfg = evaluate.Config(image_size=32, randaugment=9)
+    strength = evaluate.augment(cfg).transforms[1]
+    assert (strength.num_ops, strength.magnitude, strength.num_magnitude_bins) == (2, 9, 11)
+    magnitudes, signed = strength._AUGMENTATION_SPACE["Rotate"]
+    assert signed and float(magnitudes(11, 32, 32)[9]) == pytest.approx(27)
+
+
+def test_augmentation_is_uint8_and_repeats():
+    cfg = evaluate.Config(image_size=32, randaugment=9, erasing=0.5, crop_scale=0.3)
+    drawn = common.shapes("train", np.arange(20))["picture"]
+    pictures = common.Pictures(torch.from_numpy(drawn), transform=evaluate.augment(cfg))
+    for i in range(20):
+        picture = pictures[3, i][0]
+        assert picture.dtype == torch.uint8 and picture.shape == (3, 32, 32) and torch.equal(picture, pictures[3, i][0])
+
+
+def test_erasing():
+    torch.manual_seed(0)
+    picture = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
+    assert torch.equal(evaluate.Erase(0.0)(picture), picture)
+    erase, changed = evaluate.Erase(1.0), []
+    for _ in range(50):
+        new = erase(picture)
+        where = (new != picture).any(0)
+        rows, columns = where.any(1).nonzero(), where.any(0).nonzero()
+        box = new[:, rows.min():rows.max() + 1, columns.min():columns.max() + 1].double()
+        assert where.sum() > 0.9 * box[0].numel()        # a whole rectangle, and nothing else
+        changed.append(where.float().mean().item())
+        assert box.std() > 30
+    assert 0.01 < min(changed) and max(changed) < 0.34
+    torch.manual_seed(0)
+    assert 0.15 < np.mean([not torch.equal(evaluate.Erase(0.25)(picture), picture) for _ in range(400)]) < 0.35
+
+
+def test_mixing():
+    torch.manual_seed(0)
+    images, labels = torch.rand(8, 3, 32, 32), torch.arange(8)
+    mix, kinds = evaluate.mixing(evaluate.Config(mixup=0.8, cutmix=1.0, smoothing=0.1), 8), set()
+    for _ in range(20):
+        mixed, soft = mix(images, labels)
+        torch.testing.assert_close(soft.sum(1), torch.ones(8))
+        weight = soft[torch.arange(8), labels]
+        partner = images.roll(1, 0)
+        blend = weight.view(-1, 1, 1, 1) * images + (1 - weight).view(-1, 1, 1, 1) * partner
+        cut = ((mixed == images) | (mixed == partner)).all()
+        kinds.add("cut" if cut else "mix")
+        assert cut or torch.allclose(mixed, blend, atol=1e-5)
+        logits = torch.randn(8, 8)                       # smoothing of soft labels: the mixture of smoothed ones
+        smooth = 0.9 * soft + 0.1 / 8
+        want = -(smooth * logits.log_softmax(1)).sum(1).mean()
+        torch.testing.assert_close(F.cross_entropy(logits, soft, label_smoothing=0.1), want)
+    assert kinds == {"cut", "mix"}
+    same = evaluate.mixing(evaluate.Config(), 8)(images, labels)
+    assert torch.equal(same[0], images) and torch.equal(same[1], labels)
+
+
+def test_few_shots():
+    labels = np.repeat([0, 1, 2], [50, 30, 3])
+    pictures = common.Pictures(torch.arange(83, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2), labels)
+    five = evaluate.subset(pictures, 5, 100, 0)
+    assert np.bincount(five.labels).tolist() == [5, 5, 3]
+    assert (labels[five.source[:, 0, 0, 0].numpy()] == five.labels).all()        # each keeps its label
+    assert not torch.equal(five.source, evaluate.subset(pictures, 5, 100, 1).source)
+    assert torch.equal(five.source, evaluate.subset(pictures, 5, 100, 0).source)
+    assert np.bincount(evaluate.subset(pictures, 0, 10, 0).labels).tolist() == [5, 3, 1]
+    assert len(evaluate.subset(pictures, 0, 100, 0)) == 83
+
+
+def save(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(array, np.uint8)).save(path)
+
+
+def test_ade20k(tmp_path):
+    top = tmp_path / "ADEChallengeData2016"
+    for split, count in (("training", 3), ("validation", 2)):
+        for i in range(count):
+            save(top / "images" / split / f"{i}.jpg", np.zeros((2, 2, 3)))
+            save(top / "annotations" / split / f"{i}.png", [[0, 1], [150, 7]])
+    train, test, classes = evaluate.open_masked(evaluate.Config(protocol="segment", data="ade20k", data_root=str(tmp_path)))
+    assert (len(train), len(test), len(classes)) == (3, 2, 150)
+    (picture, mask), _, _ = test[0, 1]
+    assert picture.shape == (3, 2, 2) and mask.tolist() == [[255, 0], [149, 6]]
+
+
+def test_folder_of_pictures_and_masks(tmp_path):
+    for i in range(20):
+        save(tmp_path / "images" / f"{i:02}.jpg", np.full((12, 9, 3), 10 * i))
+        save(tmp_path / "masks" / f"{i:02}.png", np.full((12, 9), 255 if i == 3 else i % 4))
+    save(tmp_path / "images/lonely.jpg", np.zeros((4, 4, 3)))
+    cfg = evaluate.Config(protocol="segment", data=str(tmp_path), image_size=8)
+    train, test, classes = evaluate.open_masked(cfg)
+    assert (len(train), len(test), len(classes)) == (18, 2, 4)
+    assert [train[0, i][0][1].max().item() for i in range(4)] == [0, 1, 2, 255]
+    train.transform = v2.Compose([v2.RandomResizedCrop(8, (0.3, 1)), v2.RandomHorizontalFlip()])
+    (picture, mask), _, _ = train[0, 0]
+    assert picture.shape == (3, 8, 8) and mask.shape == (8, 8)
+    save(tmp_path / "masks/00.png", np.zeros((3, 3)))    # of another size: named, skipped, counted
+    assert train[0, 0][2] == 1 and train.broken.sum() == 1
+    with pytest.raises(common.UserError, match="no images/ and masks/"):
+        evaluate.open_masked(evaluate.Config(protocol="segment", data="nowhere"))
+
+
+def test_picture_and_mask_are_cropped_alike():
+    drawn = common.shapes("train", np.arange(50))
+    bright = torch.from_numpy(np.repeat(drawn["mask"][:, None], 3, 1).astype(np.uint8) * 255)
+    masked = evaluate.Masked(bright, torch.from_numpy(drawn["mask"].astype(np.uint8)), transform=v2.Compose(
+        [v2.RandomResizedCrop(32, (0.3, 1), interpolation=v2.InterpolationMode.BICUBIC), v2.RandomHorizontalFlip()]))
+    agree = [((masked[1, i][0][0][0] > 127) == (masked[1, i][0][1] > 0)).float().mean().item() for i in range(50)]
+    assert min(agree) > 0.9 and np.mean(agree) > 0.97
+
+
+# ------------------------------------------------------------------------------------------ checkpoints
+def load(state, tmp_path, **changes):
+    torch.save(state, tmp_path / "weights.pth")
+    return evaluate.load_encoder(evaluate.Config(checkpoint=str(tmp_path / "weights.pth"), **VIT | {"image_size": 0} | changes))
+
+
+def encoder_only(state):
+    return {name: value for name, value in state.items() if not name.startswith("decoder") and name != "mask_token"}
+
+
+def test_released_layouts(tmp_path, capsys):
+    whole = official()
+    encoder, images = encoder_only(whole), torch.randn(2, 3, 16, 16)
+    want = mae.VisionTransformer(16, 4, 16, 2, 2)
+    want.load_state_dict(encoder)
+    want = want.encode(images)
+    classifier = encoder | {"head.weight": torch.randn(7, 16), "head.bias": torch.randn(7)}
+    for layout, left in (({"model": encoder}, 0), ({"model": whole, "args": argparse.Namespace(a=1), "epoch": 3}, 20),
+                         (encoder, 0), (classifier, 2), ({"model": {f"module.{n}": v for n, v in encoder.items()}}, 0),
+                         ({"teacher": {f"backbone.{n}": v for n, v in encoder.items()} | {"head.mlp.0.weight": torch.ones(2)}}, 1)):
+        model, extra, about = load(layout, tmp_path)
+        torch.testing.assert_close(model.encode(images), want)
+        assert len(extra) == left and about["method"] == "mae" and about["config"]["image_size"] == 16
+        assert set(model.state_dict()) == set(encoder)
+        assert "none missing" in capsys.readouterr().out
+    tuned = {n: v for n, v in classifier.items() if not n.startswith("norm.")} | {"fc_norm.weight": torch.ones(16), "fc_norm.bias": torch.ones(16)}
+    model, extra, _ = load({"model": tuned}, tmp_path)
+    assert isinstance(model.norm, torch.nn.Identity) and set(extra) == {"head.weight", "head.bias", "fc_norm.weight", "fc_norm.bias"}
+
+
+def test_other_image_size_resizes_positions(tmp_path):
+    state = encoder_only(official())
+    model, _, about = load(state, tmp_path, image_size=24)
+    assert model.grid == (6, 6) and about["config"]["image_size"] == 24
+    torch.testing.assert_close(model.pos_embed, mae.resize_positions(state["pos_embed"], (6, 6)))
+    assert torch.equal(load(state, tmp_path)[0].pos_embed, state["pos_embed"])
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda s: s.pop("blocks.1.norm1.bias"), "missing ['blocks.1.norm1.bias']"),
+    (lambda s: s.update({"dist_token": torch.zeros(1)}), "unexpected ['dist_token']"),
+    (lambda s: s.update({"cls_token": torch.zeros(1, 1, 8)}), "of another size ['cls_token']"),
+    (lambda s: s.pop("norm.weight"), "missing ['norm.weight']"),
+    (lambda s: [s.pop(n) for n in list(s) if n != "cls_token"], "no Vision Transformer"),
+    (lambda s: s.update({"epoch": 3}), "holds no weights")])
+def test_a_file_that_does_not_fit_is_one_line(tmp_path, change, words):
+    state = encoder_only(official())
+    change(state)
+    with pytest.raises(common.UserError) as error:
+        load(state, tmp_path)
+    assert words in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(common.UserError, match="another size|missing"):
+        load(encoder_only(official()), tmp_path, depth=3)
+
+
+def test_a_checkpoint_of_ours(photos):                   # noqa: F811
+    mae.train(tiny(output="run", max_steps=2))
+    state = torch.load("run/checkpoint.pt", weights_only=True)
+    model, extra, about = evaluate.load_encoder(evaluate.Config(checkpoint="run/checkpoint.pt"))
+    want = mae.build(tiny())
+    want.load_state_dict(state["model"])
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(model.encode(images), want.encode(images)) and about["config"]["embed_dim"] == 16
+    assert all(n.startswith("decoder") or n == "mask_token" for n in extra)
+    alone, _, _ = evaluate.load_encoder(evaluate.Config(checkpoint="run/encoder.pt", **VIT | {"image_size": 0, "depth": 1}))
+    assert torch.equal(alone.encode(images), model.encode(images))
+    with pytest.raises(common.UserError, match="no script other.py"):
+        evaluate.load_encoder(evaluate.Config(checkpoint="run/checkpoint.pt", method="other"))
+
+
+# -------------------------------------------------------------------------------------------------- runs
+FAST = dict(epochs=1, batch_size=10, log_every=1, base_lr=0.01, seed=0)
+
+
+def evaluated(protocol, **changes):
+    return evaluate.evaluate(evaluate.Config(protocol, **dict(data="photos", output=f"eval-{protocol}") | VIT | FAST | changes))
+
+
+@pytest.mark.parametrize("protocol, figure", [("knn", "top1"), ("retrieval", "map"), ("linear", "top1"), ("attentive", "top1"),
+                                              ("finetune", "top1"), ("segment", "miou")])
+def test_every_protocol(photos, capsys, monkeypatch, protocol, figure):   # noqa: F811
+    changes = {}
+    if protocol == "segment":
+        for i in range(12):
+            save(Path(f"masks/images/{i}.png"), np.random.RandomState(i).randint(0, 255, (16 + i % 2, 24, 3)))
+            save(Path(f"masks/masks/{i}.png"), np.random.RandomState(i).randint(0, 3, (16 + i % 2, 24)))
+        changes = dict(data="masks", crop_scale=0.5)
+    honest, seen = evaluate.load_encoder, []
+
+    def load_encoder(cfg):
+        found = honest(cfg)
+        seen.extend((found[0], {n: v.clone() for n, v in found[0].state_dict().items()}))
+        return found
+
+    monkeypatch.setattr(evaluate, "load_encoder", load_encoder)
+    result = evaluated(protocol, **changes)
+    last = json.loads(open(f"eval-{protocol}/metrics.jsonl").readlines()[-1])
+    assert last["protocol"] == protocol and last[figure] == pytest.approx(result[figure], abs=1e-3) and 0 <= result[figure] <= 100
+    assert capsys.readouterr().out.strip().splitlines()[-1].startswith(f"{protocol}, none, ")
+    encoder, before = seen
+    unchanged = all(torch.equal(before[n], v) for n, v in encoder.state_dict().items())
+    assert unchanged == (protocol != "finetune")         # a probe leaves every byte of the encoder alone
+    if protocol == "segment":
+        assert np.asarray(Image.open("eval-segment/segmentation.png")).std() > 20
+
+
+def test_maes_probe_and_trained_segmentation(photos):    # noqa: F811
+    assert 0 <= evaluated("linear", cached=False, features="cls-raw", crop_scale=0.5)["top1"] <= 100
+    result = evaluated("segment", data="shapes", frozen=False, max_steps=3)
+    assert 0 <= result["miou"] < 40
+
+
+def test_probes_recover_separable_labels(in_tmp):
+    """Black, grey and white pictures: any honest probe of any encoder tells them apart."""
+    for split, count in (("train", 20), ("val", 6)):
+        for value, c in ((0, "a"), (128, "b"), (255, "c")):
+            for i in range(count):
+                save(Path("tones", split, c, f"{i}.png"), np.random.RandomState(i).randint(max(0, value - 30), min(255, value + 30) + 1, (16, 16, 3)))
+    for protocol in ("knn", "linear", "attentive"):
+        assert evaluated(protocol, data="tones", epochs=12, base_lr=0.3 if protocol == "attentive" else 1.0)["top1"] == 100
+    assert evaluated("linear", data="tones", epochs=4, base_lr=1.0, shots=3, output="few")["top1"] == 100
+
+
+def test_training_protocols_resume_bit_for_bit(photos):  # noqa: F811
+    mixed = dict(epochs=2, drop_path=0.5, mixup=0.8, cutmix=1.0, smoothing=0.1, ema=0.9, randaugment=9, erasing=0.5, crop_scale=0.5)
+    for protocol, changes in (("finetune", mixed), ("linear", dict(epochs=2))):
+        evaluated(protocol, output="whole", resume=False, **changes)
+        for steps in (3, 6, 0):
+            result = evaluated(protocol, output="parts", max_steps=steps, resume=steps != 3, **changes)
+        whole, parts = (torch.load(f"{run}/checkpoint.pt", weights_only=True)["model"] for run in ("whole", "parts"))
+        assert all(torch.equal(whole[n], parts[n]) for n in whole)
+        assert result["top1"] == pytest.approx(json.loads(open("whole/metrics.jsonl").readlines()[-1])["top1"], abs=1e-3)
+    with pytest.raises(common.UserError, match="epochs: 2 there, 3 here"):
+        evaluated("linear", output="parts", epochs=3)
+
+
+def test_fine_tuned_checkpoint_is_scored_again(photos):  # noqa: F811
+    result = evaluated("finetune", epochs=2, ema=0.5)
+    assert set(torch.load("eval-finetune/finetuned.pt", weights_only=True)["model"]) >= {"fc_norm.weight", "head.bias"}
+    sizes = {name: type(value)() for name, value in VIT.items()}                  # the checkpoint says
+    again = evaluated("finetune", checkpoint="eval-finetune/finetuned.pt", eval=True, output="again", **sizes)
+    average = evaluated("finetune", checkpoint="eval-finetune/finetuned-ema.pt", eval=True, output="again", **sizes)
+    assert again["top1"] == result["top1"] and average["top1"] == result["ema_top1"]
+    assert evaluated("knn", checkpoint="eval-finetune/finetuned.pt", **sizes)["top1"] >= 0
+    weights = torch.load("eval-finetune/finetuned.pt", weights_only=True)["model"]
+    torch.save({"model": weights}, "released.pth")       # as the official fine-tuned file
+    assert evaluated("finetune", checkpoint="released.pth", eval=True, output="again", **VIT | {"image_size": 0})["top1"] == result["top1"]
+    with pytest.raises(common.UserError, match="finetuned.pt beside it"):
+        evaluated("knn", checkpoint="eval-finetune/checkpoint.pt", **sizes)
+    with pytest.raises(common.UserError, match="no classifier of 2 classes"):
+        evaluated("finetune", eval=True, output="again")
+
+
+SCORES = """
+import json, sys, torch
+sys.path.insert(0, {root!r}), sys.path.insert(0, {root!r} + "/tests")
+import common, evaluate
+from test_evaluate import VIT, FAST, vit
+sizes = {{name: type(value)() for name, value in VIT.items()}}
+results = [evaluate.evaluate(evaluate.Config(p, data="photos", output="out", **FAST | VIT)) for p in ("knn", "retrieval")]
+results.append(evaluate.evaluate(evaluate.Config("finetune", "tuned/finetuned.pt", data="photos", output="out", eval=True)))
+cfg = evaluate.Config("segment", image_size=16, data="masks")
+torch.manual_seed(0)
+model, (_, test, _) = evaluate.Segmenter(vit(), 3), evaluate.open_masked(cfg)
+results.append(evaluate.segmentation(cfg, model, test, 3, torch.device("cpu")).tolist())
+if common.rank() == 0:
+    json.dump(results, open(sys.argv[1], "w"))
+"""
+
+
+def test_two_processes_score_what_one_does(photos):      # noqa: F811
+    for i in range(50):
+        save(Path(f"masks/images/{i:02}.png"), np.random.RandomState(i).randint(0, 255, (16 + i % 3, 24, 3)))
+        save(Path(f"masks/masks/{i:02}.png"), np.random.RandomState(i).randint(0, 3, (16 + i % 3, 24)))
+    Path("photos/val/a/40.png").write_text("text")       # 9 pictures remain to be scored: an odd number
+    evaluated("finetune", output="tuned")
+    Path("scores.py").write_text(SCORES.format(root=str(ROOT)))
+    for launch in (["one.json"], ["two.json"]):
+        processes = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] * (launch == ["two.json"])
+        done = subprocess.run([sys.executable, *processes, "scores.py", *launch], capture_output=True, text=True,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = json.load(open("one.json")), json.load(open("two.json"))
+    assert one == two and len(one) == 4 and sum(map(sum, one[3])) == sum((16 + i % 3) * 24 for i in range(9, 50, 10))
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["knnn"], "no protocol knnn; there are knn, retrieval"), (["linear", "--checkpont=x"], "did you mean --checkpoint?"),
+    (["knn", "--checkpoint=nothing.pt"], "no file nothing.pt"), (["knn", "--checkpoint=text.pt"], "is no checkpoint"),
+    (["knn", "--data=flat"], "no labelled pictures"), (["segment", "--data=flat"], "no images/ and masks/"),
+    (["knn", "--method=nothing"], "no script nothing.py"), (["linear", "--percent=0"], "percent is 0.0"),
+    (["finetune", "--randaugment=11"], "0 to 10"), (["finetune", "--eval"], "no classifier of 8 classes"),
+    (["linear", "--output=/proc/x"], "/proc/x")])
+def test_a_users_mistake_is_one_line(in_tmp, capfd, argv, words):
+    save(Path("flat/a.jpg"), np.zeros((4, 4, 3)))
+    Path("text.pt").write_text("hello")
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(argv)
+    error = capfd.readouterr().err.strip()
+    assert stop.value.code == 2 and words in error and error.startswith("error: ") and "\n" not in error

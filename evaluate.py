@@ -15,7 +15,7 @@ scratch. --data chooses the settings as in the other scripts; `--data imagenet` 
     protocol    trained                          input            chosen on
     knn         nothing                          centres          nothing: k and tap are flags, all are shown
     linear      a sweep of linear layers         cached features  a tenth of the training set
-      --no-cached: batch norm and linear, LARS   augmented        nothing (MAE, section 4.3 and table 9)
+      --no-cached: batch norm and linear, LARS   augmented        nothing (MAE, appendix A.1, table 10)
     attentive   query, keys, values, linear      augmented        nothing
     finetune    encoder, norm, linear            augmented        nothing (MAE, table 9)
     segment     batch norm, 1x1 convolution      crops            nothing
@@ -108,7 +108,9 @@ class Config:
     def __post_init__(self):
         source = Path(self.checkpoint)
         name = source.parent.name if source.stem in ("checkpoint", "encoder", "finetuned") else source.stem
-        self.output = self.output or f"runs/{self.protocol}-{name}-{Path(self.data).resolve().name}"
+        data = Path(self.data).resolve().name
+        name = name if name.endswith(f"-{data}") else f"{name}-{data}"
+        self.output = self.output or f"runs/{self.protocol}-{name}"
         for name, least in dict(batch_size=1, accumulate=1, epochs=1, log_every=1, seed=0, workers=0, shots=0,
                                 max_steps=0, save_every=0, image_size=0, patch_size=0, stride=0).items():
             if getattr(self, name) < least:
@@ -136,7 +138,7 @@ PRESETS = {
     "retrieval": {"shapes": {}, "folder": dict(workers=4), "imagenet": LOADED},
     "linear": {"shapes": CACHED, "folder": CACHED | dict(workers=4),
                "imagenet": dict(cached=False, features="cls", batch_size=16384, epochs=90, warmup_epochs=10,
-                                base_lr=0.1, crop_scale=0.08, workers=12)},                  # MAE, table 9
+                                base_lr=0.1, crop_scale=0.08, workers=12)},                 # MAE, table 10
     "attentive": {"shapes": ATTENTIVE | dict(epochs=8, base_lr=0.04, crop_scale=1.0), "folder": ATTENTIVE | dict(workers=4),
                   "imagenet": ATTENTIVE | dict(batch_size=1024, workers=12)},
     "finetune": {"shapes": dict(batch_size=64, epochs=5, warmup_epochs=1, base_lr=8e-3, weight_decay=0.05,
@@ -209,7 +211,7 @@ def load_encoder(cfg: Config):
     config = script.Config(**settings | given)
     model = script.build(config)
     whole = model.state_dict().keys()
-    for name in {name.split(".")[0] for name in whole} - {"cls_token", "pos_embed", "patch_embed", "blocks", "norm"}:
+    for name in {name.split(".")[0] for name in whole if name.startswith(model.thrown_away)}:
         delattr(model, name)                             # the decoder, or what else a method has
     if state:
         if "fc_norm.weight" in state and "norm.weight" not in state:
@@ -219,8 +221,7 @@ def load_encoder(cfg: Config):
         own = model.state_dict()
         missing, other = own.keys() - state.keys(), state.keys() - own.keys()
         misfits = {name for name in own.keys() & state.keys() if own[name].shape != state[name].shape}
-        known = ("head.", "fc_norm.", "decoder", "mask_token")
-        strange = {name for name in other if name not in whole and not name.startswith(known)}
+        strange = {name for name in other if not name.startswith(("head.", "fc_norm.", *model.thrown_away))}
         if missing or misfits or strange:
             raise common.UserError(f"{cfg.checkpoint} does not fit: missing {sorted(missing)[:3]}, unexpected "
                                    f"{sorted(strange)[:3]}, of another size {sorted(misfits)[:3]}; check --method, "
@@ -327,7 +328,7 @@ class Frozen(nn.Module):
 
 
 class LinearHead(nn.Module):
-    """MAE's probe: batch normalisation without weights, then a linear layer (section 4.3, appendix A.1).
+    """MAE's probe: batch normalisation without weights, then a linear layer (appendix A.1).
 
     The normalisation makes the probe's learning rate independent of the features' scale, and can be
     folded into the linear layer afterwards. Each process normalises its own batch, as released."""

@@ -275,6 +275,8 @@ def reconstruction_loss(prediction, target):
 
 # -------------------------------------------------------------------------------------------- MAE
 class MAE(VisionTransformer):
+    thrown_away = ("decoder", "mask_token")              # after pre-training: how these names begin
+
     def __init__(self, image_size, patch_size, embed_dim, depth, num_heads, decoder_embed_dim,
                  decoder_depth, decoder_num_heads, mlp_ratio=4.0, mask_ratio=0.75, norm_pix=True):
         super().__init__(image_size, patch_size, embed_dim, depth, num_heads, mlp_ratio)
@@ -340,7 +342,7 @@ def load_weights(model: MAE, path: str):
     for name in {"pos_embed", "decoder_pos_embed"} & state.keys():
         state[name] = resize_positions(state[name], model.grid)
     own = model.state_dict()
-    decoder = {name for name in own if name.startswith("decoder") or name == "mask_token"}
+    decoder = {name for name in own if name.startswith(model.thrown_away)}
     missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
     misfits = {n for n in own.keys() & state.keys() if own[n].shape != state[n].shape}
     if unexpected or misfits or (missing and missing != decoder):
@@ -428,10 +430,10 @@ def train(cfg: Config) -> dict:
             picture(model, sample, sample_noise, run.folder / "reconstruction.png")
 
     encoder = {name: value for name, value in model.state_dict().items()
-               if not name.startswith("decoder") and name != "mask_token"}
+               if not name.startswith(model.thrown_away)}
     metrics = run.finish(encoder, {"pixels": common.shrunk_pixels, "trained": mean_token(model),
                                    "untrained": mean_token(build(cfg).to(device))}, data)
-    common.say("try next: python mae.py --data FOLDER_OF_PICTURES --model tiny, or any of --help")
+    common.say(f"try next: python evaluate.py linear --checkpoint {run.folder}/checkpoint.pt --data {cfg.data}")
     return metrics
 
 

@@ -1,4 +1,4 @@
-"""How fast is it? Run by hand: `python tests/benchmark.py train` or `... data`.
+"""How fast is it? Run by hand: `python tests/benchmark.py train`, `... data` or `... features`.
 
 train   one optimiser step of MAE (ViT-B/16, 224 pixels, 75 % hidden, decoder 8 x 512), ours and the
         peers', each in a process of its own, taking turns on the same pictures; fused AdamW for all.
@@ -7,6 +7,8 @@ train   one optimiser step of MAE (ViT-B/16, 224 pixels, 75 % hidden, decoder 8 
         as its scripts do, with `common.start`.
 data    images/s on one core: decoding, cropping, and both on JPEGs that `common.py shrink` has made
         small, beside the usual Pillow loader. --folder: real pictures; else it draws 500 x 375 ones.
+features  images/s of `evaluate.py`'s features of the test set of --folder by --checkpoint, reading
+        included, and its share of what the encoder's forward pass reaches on pictures at hand.
 
 Peers, none needed by the project itself: pip install transformers timm vit-pytorch
 """
@@ -27,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
+import evaluate
 import mae
 
 DECODER = dict(decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16)
@@ -179,6 +182,24 @@ def data(args):
             print(f"{name:26}{len(big) / statistics.median(seconds):8.0f}")
 
 
+@torch.no_grad()
+def features(args):
+    cfg = evaluate.Config("knn", args.checkpoint, args.folder, workers=1)
+    device = common.start(0)
+    encoder, _, about = evaluate.load_encoder(cfg)
+    encoder.to(device).eval()
+    cfg.image_size = about["config"]["image_size"]
+    pictures = common.open_data(cfg.data, "").test
+    batch = common.to_device(torch.stack([pictures.centred(cfg.image_size)[0, i][0] for i in range(500)]), device)
+    passes, times = len(pictures) // 500, {"extraction": [], "forward": []}
+    for _ in range(args.rounds):
+        times["extraction"].append(clock(lambda: evaluate.all_features(cfg, encoder, pictures, device), device.type) / len(pictures))
+        times["forward"].append(clock(lambda: [encoder.encode(batch) for _ in range(passes)], device.type) / (500 * passes))
+    speed = {name: 1 / statistics.median(seconds) for name, seconds in times.items()}
+    print(f"{len(pictures)} pictures, {device_name(device.type)}: {speed['extraction']:.0f} images/s extracted, {speed['forward']:.0f} "
+          f"forward alone: {100 * speed['extraction'] / speed['forward']:.0f} %")
+
+
 def device_name(device):
     if device == "cuda":
         return torch.cuda.get_device_name()
@@ -188,13 +209,14 @@ def device_name(device):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["train", "data"])
+    parser.add_argument("what", choices=["train", "data", "features"])
     parser.add_argument("--model", default="base", choices=list(mae.SIZES))
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--folder", help="pictures for `data`")
+    parser.add_argument("--folder", default="", help="pictures for `data` and `features`")
+    parser.add_argument("--checkpoint", default="none", help="encoder for `features`")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--contestants", nargs="+", default=list(CONTESTANTS), choices=list(CONTESTANTS))
     args = parser.parse_args()

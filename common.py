@@ -285,7 +285,8 @@ def augment(size: int, scale: float):
 
 
 class Centre:
-    """For evaluation: the centre, size x size; large pictures are first shrunk to size / 0.875."""
+    """For evaluation: the centre, size x size; large pictures are first shrunk to size / 0.875, or, for
+    sizes above 224, until their shorter side fits."""
 
     def __init__(self, size: int):
         self.size = size
@@ -293,7 +294,8 @@ class Centre:
     def __call__(self, picture):
         if picture.shape[-2:] == (self.size, self.size):
             return picture
-        short = max(self.size, min(*picture.shape[-2:], round(self.size / 0.875)))
+        wanted = round(self.size / 0.875) if self.size <= 224 else self.size
+        short = max(self.size, min(*picture.shape[-2:], wanted))
         picture = v2.functional.resize(picture, [short], v2.InterpolationMode.BICUBIC)
         return v2.functional.center_crop(picture, [self.size])
 
@@ -544,6 +546,19 @@ def write_metrics(folder: Path, **values):
             file.write(json.dumps(values) + "\n")
 
 
+def save_whole(state, path: Path, previous: Path | None = None):
+    """torch.save, but at any moment of a kill there is a whole file; the old one becomes `previous`."""
+    packed, new = io.BytesIO(), path.with_name(path.name + ".new")
+    torch.save(state, packed)                            # in memory first: a full disk is an OSError
+    with open(new, "wb") as file:
+        file.write(packed.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())
+    if previous and path.exists():
+        os.replace(path, previous)
+    os.replace(new, path)
+
+
 class Run:
     """A run's folder (config.json, metrics.jsonl, checkpoint.pt, pictures), progress bar and end.
 
@@ -556,6 +571,7 @@ class Run:
         self.steps_per_epoch, self.total = steps_per_epoch, cfg.epochs * steps_per_epoch
         self.first, self.last, self.began = 0, min(cfg.max_steps or self.total, self.total), None
         self.window, self.rates, self.epoch_losses, self.loss, self.damaged = [], [], [], None, []
+        self.scores = None
         say("configuration: " + ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(cfg).items()))
         again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"     # torchrun started us anew
         state = self.load() if cfg.resume or again else None
@@ -612,20 +628,14 @@ class Run:
 
     def save(self, step: int):
         """Write checkpoint.pt and keep the one before it. At any moment of a kill, one is whole."""
-        new, path, previous = (self.folder / f"checkpoint{end}" for end in (".new", ".pt", ".previous.pt"))
-        packed = io.BytesIO()                            # so that a full disk is an OSError
-        torch.save({"method": self.method, "config": dataclasses.asdict(self.cfg), "step": step,
-                    "steps_per_epoch": self.steps_per_epoch, "loss": self.loss,
-                    "epoch_losses": self.epoch_losses, "log_bytes": (self.folder / "metrics.jsonl").stat().st_size,
-                    "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, packed)
-        with open(new, "wb") as file:
-            file.write(packed.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        if path.exists() and path not in self.damaged:   # a damaged one must not push out a good one
-            os.replace(path, previous)
+        path = self.folder / "checkpoint.pt"
+        state = {"method": self.method, "config": dataclasses.asdict(self.cfg), "step": step,
+                 "steps_per_epoch": self.steps_per_epoch, "loss": self.loss, "epoch_losses": self.epoch_losses,
+                 "log_bytes": (self.folder / "metrics.jsonl").stat().st_size,
+                 "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        # a damaged one must not push out a good one
+        save_whole(state, path, None if path in self.damaged else self.folder / "checkpoint.previous.pt")
         self.damaged = []
-        os.replace(new, path)
 
     def steps(self):
         """The steps first ... last - 1, with a progress bar if the first process has a terminal."""
@@ -635,12 +645,13 @@ class Run:
             self.began = self.began or time.time()
             yield step
 
-    def end_step(self, step: int, loss: torch.Tensor, lr: float) -> bool:
+    def end_step(self, step: int, loss: torch.Tensor, lr: float, score=None) -> bool:
         """Log and save when it is time to; whether an epoch ended.
 
         loss: a scalar on the device, read every --log-every steps only, all of them at once.
-        Raises UserError if one of them is not finite."""
-        done = step + 1
+        score: () -> {name: figure}, measured and logged after each epoch, kept in `scores`.
+        Raises UserError if a loss is not finite."""
+        done, self.scores = step + 1, None
         self.window.append(loss), self.rates.append(lr)
         end_of_epoch = done % self.steps_per_epoch == 0
         save = end_of_epoch or done == self.last or (self.cfg.save_every and done % self.cfg.save_every == 0)
@@ -668,6 +679,9 @@ class Run:
             self.write(step=done, epoch=done // self.steps_per_epoch, epoch_loss=mean)
             say(f"epoch {done // self.steps_per_epoch}/{self.cfg.epochs}: loss {mean:.4f}, lr {lr:.2e}, "
                 f"{speed:,.0f} images/s")
+            if score:
+                self.scores = score()
+                self.write(step=done, **self.scores)
         if save and rank() == 0:
             self.save(done)
         self.began = None                                # a picture may follow: not training time
@@ -690,7 +704,7 @@ class Run:
             say(f"k-NN accuracy, {len(data.classes)} classes, {len(data.test)} test pictures: "
                 + ", ".join(f"{name} {result[f'knn_{name}']:.1f} %" for name in encoders))
         if rank() == 0:
-            torch.save({name: value.cpu() for name, value in encoder.items()}, self.folder / "encoder.pt")
+            save_whole({name: value.cpu() for name, value in encoder.items()}, self.folder / "encoder.pt")
         self.write(**result)
         say(f"{result['unreadable']} unreadable pictures; wrote {self.folder}/: checkpoint.pt, encoder.pt "
             "(timm's names), metrics.jsonl, config.json, *.png")

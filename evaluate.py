@@ -13,7 +13,7 @@ full or fine-tuned; DINO; DeiT and timm without the distillation token) with --m
 scratch. --data chooses the settings as in the other scripts; `--data imagenet` are the papers'.
 
     protocol    trained                          input            chosen on
-    knn         nothing                          centres          nothing: k and tap are flags, all are shown
+    knn         nothing                          centres          nothing: k is 20, all k and taps are shown
     linear      a sweep of linear layers         cached features  a tenth of the training set
       --no-cached: batch norm and linear, LARS   augmented        nothing (MAE, appendix A.1, table 10)
     attentive   query, keys, values, linear      augmented        nothing
@@ -21,11 +21,13 @@ scratch. --data chooses the settings as in the other scripts; `--data imagenet` 
     segment     batch norm, 1x1 convolution      crops            nothing
 
 The figure of a run is that of its last epoch, with the last weights: no choice is ever made on the
-test set. B batch, N patches, D width, C classes, h x w grid of patches.
+test set. Pictures are normalised with ImageNet's mean and deviation; weights that were trained with
+others (timm's augreg: 0.5) score too low. B batch, N patches, D width, C classes, h x w grid of patches.
 """
 
 import argparse
 import contextlib
+import hashlib
 import importlib
 import sys
 import time
@@ -42,6 +44,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision import tv_tensors
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.ops import stochastic_depth
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -87,38 +90,44 @@ class Config:
     min_lr: float = 0.0           # learning rate at the end
     weight_decay: float = 0.0     # on matrices only
     beta2: float = 0.999          # AdamW's
-    layer_decay: float = 1.0      # finetune: factor on the learning rate from a block to the one below
-    drop_path: float = 0.0        # finetune: chance to skip the last block; falls to 0 at the first
+    layer_decay: float = 1.0      # finetune, segment: factor on the learning rate from a block to the one below
+    drop_path: float = 0.0        # finetune, segment: chance to drop the last block's branches; 0 at the first block
     crop_scale: float = 1.0       # smallest area of the random crop; 1: no crop
-    randaugment: int = 0          # finetune: magnitude, 0 (none) to 10
-    erasing: float = 0.0          # finetune: chance to erase a rectangle
-    mixup: float = 0.0            # finetune: alpha; 0: none
-    cutmix: float = 0.0           # finetune: alpha; 0: none
-    smoothing: float = 0.0        # finetune: of the labels
+    randaugment: int = 0          # magnitude, 0 (none) to 10
+    erasing: float = 0.0          # chance to erase a rectangle
+    mixup: float = 0.0            # alpha; 0: none
+    cutmix: float = 0.0           # alpha; 0: none
+    smoothing: float = 0.0        # of the labels
     ema: float = 0.0              # finetune: decay of averaged weights, scored beside the last; 0: none
     seed: int = 0                 # decides order, crops, drops, and the subset of --shots and --percent
     workers: int = 0              # loader processes for each training process; 0: none
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the matrix products; auto: bf16 on a GPU
-    compile: bool = False         # compile the model: a slow first step, faster ones after it
+    compile: bool = False         # compile what is trained on pictures: a slow first step, faster ones after it
     resume: bool = True           # go on from the run folder's checkpoint; no: start afresh
     max_steps: int = 0            # stop after so many steps of the schedule; 0: at its end
     save_every: int = 0           # steps between checkpoints, besides one after each epoch; 0: none
     log_every: int = 50           # steps between lines of metrics.jsonl
 
     def __post_init__(self):
-        source = Path(self.checkpoint)
-        name = source.parent.name if source.stem in ("checkpoint", "encoder", "finetuned") else source.stem
-        data = Path(self.data).resolve().name
-        name = name if name.endswith(f"-{data}") else f"{name}-{data}"
-        self.output = self.output or f"runs/{self.protocol}-{name}"
-        for name, least in dict(batch_size=1, accumulate=1, epochs=1, log_every=1, seed=0, workers=0, shots=0,
-                                max_steps=0, save_every=0, image_size=0, patch_size=0, stride=0).items():
-            if getattr(self, name) < least:
-                raise common.UserError(f"{name} is {getattr(self, name)}, at least {least} is needed")
-        if not 0 < self.percent <= 100:
-            raise common.UserError(f"percent is {self.percent}, it must be above 0 and at most 100")
-        if not 0 <= self.randaugment <= 10:
-            raise common.UserError(f"randaugment is {self.randaugment}, it must be 0 to 10")
+        source, data = Path(self.checkpoint).resolve(), Path(self.data).resolve().name
+        names = {stem: source.parent.name for stem in ("checkpoint", "checkpoint.previous", "encoder", "finetuned")}
+        name = (names | {"finetuned-ema": f"{source.parent.name}-ema"}).get(source.stem, source.stem)
+        self.output = self.output or f"runs/{self.protocol}-{name.removesuffix('-' + data)}-{data}"
+        share, many = (0, 1), (0, np.inf)
+        for limits, names in {
+                many: ("embed_dim", "depth", "num_heads", "image_size", "patch_size", "shots", "stride", "warmup_epochs",
+                       "base_lr", "min_lr", "weight_decay", "layer_decay", "mixup", "cutmix", "seed", "workers", "max_steps",
+                       "save_every", "num_classes"),
+                share: ("beta2", "drop_path", "crop_scale", "erasing", "smoothing", "ema"),
+                (1, np.inf): ("batch_size", "accumulate", "epochs", "log_every"),
+                (0, 100): ("percent",), (0, 10): ("randaugment",)}.items():
+            for name in names:
+                if not limits[0] <= getattr(self, name) <= limits[1]:
+                    raise common.UserError(f"{name} is {getattr(self, name)}, it must be from {limits[0]} to {limits[1]}")
+        if self.shots and self.percent < 100:
+            raise common.UserError("--shots and --percent exclude each other")
+        if (self.shots or self.percent < 100) and self.protocol in ("retrieval", "segment"):
+            raise common.UserError(f"--shots and --percent choose labelled training pictures; {self.protocol} has none")
 
 
 LOADED = dict(workers=8)
@@ -143,8 +152,7 @@ PRESETS = {
                   "imagenet": ATTENTIVE | dict(batch_size=1024, workers=12)},
     "finetune": {"shapes": dict(batch_size=64, epochs=5, warmup_epochs=1, base_lr=8e-3, weight_decay=0.05,
                                 layer_decay=0.75),                                            # ours
-                 "folder": FINETUNE | dict(batch_size=256, layer_decay=0.75, crop_scale=0.35, workers=4),   # ours
-                 "cifar10": FINETUNE | dict(batch_size=256, layer_decay=0.75, crop_scale=0.35, workers=4),  # ours
+                 "folder": FINETUNE | dict(batch_size=256, layer_decay=0.75, crop_scale=0.35, workers=4),     # ours
                  "imagenet": FINETUNE,                                                        # MAE, ViT-B
                  "imagenet-large": FINETUNE | dict(base_lr=1e-3, epochs=50, layer_decay=0.75, drop_path=0.2),
                  "imagenet-huge": FINETUNE | dict(base_lr=1e-3, epochs=50, layer_decay=0.75, drop_path=0.3),
@@ -157,7 +165,10 @@ PRESETS = {
                                                                 drop_path=0.2)},
     "segment": {"shapes": DENSE | dict(epochs=6, batch_size=64, base_lr=8e-3, crop_scale=1.0),               # ours
                 "folder": DENSE | dict(workers=4),
-                "ade20k": DENSE | dict(image_size=512, epochs=32, warmup_epochs=1.2, workers=8)},  # 40,000 steps
+                "ade20k": DENSE | dict(image_size=512, epochs=32, warmup_epochs=1.2, workers=8),   # 40,000 steps
+                # MAE's settings for UperNet, 1e-4 for a batch of 16, on a linear head
+                "ade20k-trained": DENSE | dict(image_size=512, epochs=127, warmup_epochs=1.2, workers=8, frozen=False,
+                                               base_lr=16e-4, weight_decay=0.05, layer_decay=0.65, drop_path=0.1)},
 }
 
 
@@ -174,7 +185,8 @@ def read_checkpoint(path: str) -> tuple[dict, dict]:
     state = saved
     for key in ("model", "state_dict", "teacher"):       # ours, MAE, DeiT; timm; DINO with both networks
         state = state.get(key, state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())) or not state:
+    if not isinstance(state, dict) or not state or not all(
+            isinstance(name, str) and torch.is_tensor(value) for name, value in state.items()):
         raise common.UserError(f"{path} holds no weights")
     for prefix in ("module.", "backbone.", "encoder."):  # DistributedDataParallel; DINO; re-hosted files
         state = {name.removeprefix(prefix): value for name, value in state.items()}
@@ -189,17 +201,17 @@ def load_encoder(cfg: Config):
     a classifier that averages tokens is its head's, so it is Identity here. Raises UserError unless
     the file has exactly the encoder's names and, besides, only a decoder or a classifier."""
     saved, state = ({}, {}) if cfg.checkpoint == "none" else read_checkpoint(cfg.checkpoint)
-    method = cfg.method or saved.get("method", "mae")
-    if method == "evaluate":
+    ours = "method" in saved and "config" in saved
+    method = cfg.method or (saved["method"] if ours else "mae")
+    if method.startswith("evaluate"):
         raise common.UserError(f"{cfg.checkpoint} is for resuming a run; what it trained is finetuned.pt beside it")
-    if not (Path(__file__).parent / f"{method}.py").is_file():
+    if method == "common" or not (Path(__file__).parent / f"{method}.py").is_file():
         raise common.UserError(f"no script {method}.py, which --method or the checkpoint asks for")
     script = importlib.import_module(method)
     given = {name: getattr(cfg, name) for name in ("model", "embed_dim", "depth", "num_heads", "image_size",
                                                    "patch_size") if getattr(cfg, name)}
-    if "config" in saved:
-        sizes = {"embed_dim": 0, "depth": 0, "num_heads": 0} if cfg.model else {}
-        settings = saved["config"] | sizes
+    if ours:
+        settings = saved["config"] | ({"embed_dim": 0, "depth": 0, "num_heads": 0} if cfg.model else {})
     elif "patch_embed.proj.weight" in state and "pos_embed" in state:
         patch_size = state["patch_embed.proj.weight"].shape[-1]
         settings = script.PRESETS["imagenet"] | dict(
@@ -210,30 +222,39 @@ def load_encoder(cfg: Config):
         settings = script.PRESETS.get(cfg.data, script.PRESETS["folder"]) | {"seed": cfg.seed}
     config = script.Config(**settings | given)
     model = script.build(config)
-    whole = model.state_dict().keys()
-    for name in {name.split(".")[0] for name in whole if name.startswith(model.thrown_away)}:
+    for name in {name.split(".")[0] for name in model.state_dict() if name.startswith(model.thrown_away)}:
         delattr(model, name)                             # the decoder, or what else a method has
+    if "fc_norm.weight" in state and "norm.weight" not in state:
+        model.norm = nn.Identity()
+    own = model.state_dict()
+    extra = {name: value for name, value in state.items() if name not in own}
     if state:
-        if "fc_norm.weight" in state and "norm.weight" not in state:
-            model.norm = nn.Identity()
-        if "pos_embed" in state:
+        missing = own.keys() - state.keys()
+        strange = {name for name in extra if not name.startswith(("head.", "fc_norm.", *model.thrown_away))}
+        patches = state["pos_embed"].shape[1] - 1 if "pos_embed" in state else 0
+        if not missing and not strange and round(patches ** 0.5) ** 2 == patches != own["pos_embed"].shape[1] - 1:
             state["pos_embed"] = script.resize_positions(state["pos_embed"], model.grid)
-        own = model.state_dict()
-        missing, other = own.keys() - state.keys(), state.keys() - own.keys()
+            common.say(f"position table of {patches} patches resized to {model.grid[0]} x {model.grid[1]} (bicubic)")
         misfits = {name for name in own.keys() & state.keys() if own[name].shape != state[name].shape}
-        strange = {name for name in other if not name.startswith(("head.", "fc_norm.", *model.thrown_away))}
         if missing or misfits or strange:
-            raise common.UserError(f"{cfg.checkpoint} does not fit: missing {sorted(missing)[:3]}, unexpected "
-                                   f"{sorted(strange)[:3]}, of another size {sorted(misfits)[:3]}; check --method, "
-                                   "--model and --patch-size")
+            count = lambda names: f"{len(names)} {sorted(names)[:3]}"
+            raise common.UserError(f"{cfg.checkpoint} does not fit: missing {count(missing)}, unexpected {count(strange)}, "
+                                   f"of another size {count(misfits)}; check --method, --model and --patch-size")
         model.load_state_dict({name: state[name] for name in own})
-        families = sorted({name.split(".")[0] for name in other})
-        common.say(f"{cfg.checkpoint}: {len(own)} tensors of the encoder loaded, none missing; "
-                   + (f"left out {len(other)}: {', '.join(families)}" if other else "none left out"))
+        families = [name.split(".")[0] for name in extra]
+        common.say(f"{cfg.checkpoint}: {len(own)} tensors of the encoder loaded, missing none, left out {len(extra)}"
+                   + "".join(f", {families.count(name)} {name}" for name in sorted(set(families))))
     else:
         common.say("checkpoint none: the encoder is untrained")
-    return model, {name: state[name] for name in state if name not in model.state_dict()}, \
-        {"method": method, "config": asdict(config)}
+    return model, extra, {"method": method, "config": asdict(config)}
+
+
+def digest(model) -> str:
+    """Eight letters that tell weights apart: a resumed run must meet the encoder it began with."""
+    found = hashlib.sha256()
+    for value in model.state_dict().values():
+        found.update(value.cpu().contiguous().numpy().data)
+    return found.hexdigest()[:8]
 
 
 def taps(tokens, norm) -> dict:
@@ -245,16 +266,14 @@ def taps(tokens, norm) -> dict:
             "cls-raw": tokens[:, 0], "mean-raw": tokens[:, 1:].mean(dim=1)}
 
 
-def all_features(cfg: Config, encoder, pictures, device):
+def all_features(cfg: Config, encoder, pictures, device, names=("cls", "mean", "cls-raw", "mean-raw")):
     """({tap: features (n, D) fp32}, labels (n,)) of the centres of the pictures, on the device."""
     norm, encoder.norm, began = encoder.norm, nn.Identity(), time.time()
-    names = []
 
     def encode(images):
         with common.autocast(device, cfg.precision):
             found = taps(encoder.encode(images), norm)
-        names[:] = found
-        return torch.cat(list(found.values()), dim=1)                           # (B, 4 D)
+        return torch.cat([found[name] for name in names], dim=1)                # (B, taps * D)
 
     table, labels = common.features(encode, pictures, cfg.image_size, device, workers=cfg.workers)
     encoder.norm = norm
@@ -276,15 +295,17 @@ def ranking(features, labels):
         hits = (labels[order] == labels[rows, None]).float()                    # (b, n - 1)
         precision = hits.cumsum(dim=1) / torch.arange(1, hits.shape[1] + 1, device=hits.device)
         total = hits.sum(dim=1)
-        scores = [hits[:, 0], hits[:, :5].amax(dim=1), (precision * hits).sum(dim=1) / total.clamp(min=1)]
+        scores = [hits[:, :1].sum(dim=1), hits[:, :5].sum(dim=1).clamp(max=1), (precision * hits).sum(dim=1) / total.clamp(min=1)]
         found.append(torch.stack(scores, dim=1)[total > 0])
+    if not len(torch.cat(found)):
+        raise common.UserError("no two test pictures are of one class: nothing can be retrieved")
     return tuple((100 * torch.cat(found).mean(dim=0)).tolist())
 
 
 @torch.no_grad()
 def accuracy(cfg: Config, model, pictures, device) -> dict:
     """Top-1 and top-5 in percent of model: images -> logits (B, C), on the pictures' centres."""
-    model.eval()
+    ready(model)
 
     def logits(images):
         with common.autocast(device, cfg.precision):
@@ -292,6 +313,13 @@ def accuracy(cfg: Config, model, pictures, device) -> dict:
 
     table, labels = common.features(logits, pictures, cfg.image_size, device, workers=cfg.workers)
     return top1_top5(table, labels)
+
+
+def ready(model):
+    """For scoring: no drops, batch statistics as learned, and the first process's for all of them."""
+    model.eval()
+    for buffer in model.buffers() if common.world() > 1 else ():
+        dist.broadcast(buffer, 0)
 
 
 def top1_top5(logits, labels) -> dict:
@@ -360,9 +388,9 @@ class SweepHeads(nn.Module):
 
 
 class AttentiveHead(nn.Module):
-    """One learned query looks at the patch tokens through keys and values, then a linear layer.
+    """One learned query looks at the patch tokens, not the class token, through keys and values.
 
-    No projection after the attention. Which token stands where does not matter."""
+    A linear layer follows. No projection after the attention. Which token stands where does not matter."""
 
     def __init__(self, width: int, classes: int, num_heads: int):
         super().__init__()
@@ -454,13 +482,15 @@ class LARS(torch.optim.Optimizer):
                 p.sub_(group["lr"] * momentum)
 
 
-def layer_decay_groups(model: Classifier, weight_decay: float, decay: float) -> list[dict]:
+def layer_decay_groups(model, weight_decay: float, decay: float) -> list[dict]:
     """Parameter groups with "scale", the factor on their learning rate: 1 for the head and norms after
     the blocks, `decay` for the last block, ... decay^(depth + 1) for what is below the first.
 
     Vectors, positions and the class token are not decayed (MAE, released code)."""
     depth, groups = len(model.encoder.blocks), {}
     for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         part = name.removeprefix("encoder.").split(".")
         layer = 0 if part[0] in ("cls_token", "pos_embed", "patch_embed") else depth + 1
         layer = int(part[1]) + 1 if part[0] == "blocks" else layer
@@ -520,21 +550,35 @@ def subset(pictures, shots: int, percent: float, seed: int):
 class Masked(common.Pictures):
     """Pictures with a mask each; an item is ((picture (3, H, W), classes (H, W)), -1, index), both uint8.
 
-    masks: uint8 tensor (n, H, W), or files of one number a pixel; where `shift`, 0 is IGNORE and the
-    classes count from 1 (ADE20K)."""
+    masks: uint8 tensor (n, H, W), or files of one number a pixel, less than `classes` or IGNORE;
+    where `shift`, 0 is IGNORE and the classes count from 1 (ADE20K)."""
 
-    def __init__(self, source, masks, seed=0, transform=None, shift=False):
-        super().__init__(source, None, seed, transform)
-        self.masks, self.shift = masks, shift
+    def __init__(self, source, masks, classes: int, seed=0, shift=False):
+        super().__init__(source, None, seed)
+        self.masks, self.classes, self.shift = masks, classes, shift
+
+    def mask(self, index: int) -> torch.Tensor:
+        """Mask `index`, uint8 (H, W). Raises OSError if it cannot be read or holds something else."""
+        if torch.is_tensor(self.masks):
+            return self.masks[index]
+        try:
+            with Image.open(self.masks[index]) as image:
+                mask = torch.from_numpy(np.array(image))
+        except Exception as error:                       # a damaged file can raise nearly anything
+            raise OSError(f"mask: {common.why(error)}") from error
+        if mask.ndim != 2 or mask.dtype != torch.uint8:
+            raise OSError(f"mask is {mask.dtype} {tuple(mask.shape)}, not one byte a pixel")
+        mask = mask - 1 if self.shift else mask
+        highest = int(mask[mask != IGNORE].max()) if (mask != IGNORE).any() else 0
+        if highest >= self.classes:
+            raise OSError(f"mask holds class {highest}, classes are 0 to {self.classes - 1}")
+        return mask
 
     def read(self, index):
-        picture, mask = super().read(index), self.masks[index]
-        if not torch.is_tensor(mask):
-            with Image.open(mask) as image:
-                mask = torch.from_numpy(np.array(image))
-        if mask.shape != picture.shape[1:] or mask.dtype != torch.uint8:
-            raise OSError(f"its mask is {mask.dtype} {tuple(mask.shape)}")
-        return tv_tensors.Image(picture), tv_tensors.Mask(mask - 1 if self.shift else mask)
+        picture, mask = super().read(index), self.mask(index)
+        if mask.shape != picture.shape[1:]:
+            raise OSError(f"mask has {tuple(mask.shape)} pixels")
+        return tv_tensors.Image(picture), tv_tensors.Mask(mask)
 
 
 def open_masked(cfg: Config) -> tuple[Masked, Masked, list]:
@@ -544,9 +588,9 @@ def open_masked(cfg: Config) -> tuple[Masked, Masked, list]:
     tenth is kept for testing) or in training/ and validation/ (or train/ and val/). Raises UserError."""
     if cfg.data == "shapes":
         drawn = [common.shapes("train", np.arange(10_000)), common.shapes("test", np.arange(2_000))]
-        sets = [Masked(torch.from_numpy(d["picture"]), torch.from_numpy(d["mask"] * (d["shape"] + 1)[:, None, None])
-                       .byte(), cfg.seed) for d in drawn]
-        return *sets, ["ground", *common.SHAPES]
+        masks = [torch.from_numpy(d["mask"] * (d["shape"] + 1)[:, None, None]).byte() for d in drawn]
+        train, test = (Masked(torch.from_numpy(d["picture"]), mask, 9, cfg.seed) for d, mask in zip(drawn, masks))
+        return train, test, ["ground", *common.SHAPES]
     ade = cfg.data == "ade20k"
     top = Path(cfg.data_root, "ADEChallengeData2016") if ade else Path(cfg.data)
     masks = next((top / name for name in ("masks", "annotations") if (top / name).is_dir()), None)
@@ -555,31 +599,40 @@ def open_masked(cfg: Config) -> tuple[Masked, Masked, list]:
                                "one of shapes, ade20k")
 
     def pairs(*parts):
-        for part in parts:
-            files = {p.stem: p for p in sorted((masks / part).glob("*")) if p.suffix.lower() in (".png", ".bmp", ".tif")}
-            images = [p for p in sorted((top / "images" / part).glob("*")) if p.stem in files]
-            if images:
-                return images, [files[p.stem] for p in images]
-        return [], []
+        part = next((p for p in parts if (masks / p).is_dir()), None)
+        if part is None:
+            return [], []
+        files = {p.stem: p for p in sorted((masks / part).glob("*")) if p.suffix.lower() in IMG_EXTENSIONS}
+        images = [p for p in sorted((top / "images" / part).glob("*"))
+                  if p.stem in files and p.suffix.lower() in IMG_EXTENSIONS]
+        if not images:
+            raise common.UserError(f"no picture in {top / 'images' / part} has a mask of its name in {masks / part}")
+        return images, [files[p.stem] for p in images]
 
     (x, y), (u, z) = pairs("training", "train", "."), pairs("validation", "val")
     if not u:
-        u, z, x, y = x[9::10], y[9::10], [p for i, p in enumerate(x) if i % 10 < 9], [p for i, p in enumerate(y) if i % 10 < 9]
-    if not x or not u:
-        raise common.UserError(f"{top}: {len(x)} pictures with masks to train on, {len(u)} to test on")
-    count = 150 if ade else cfg.num_classes
-    train, test = (Masked(files, where, cfg.seed, shift=ade) for files, where in ((x, y), (u, z)))
-    if not count:
-        highest = [np.asarray(Image.open(path)) for path in tqdm(y, "classes", leave=False, disable=None)]
-        count = 1 + max(int(mask[mask != IGNORE].max(initial=0)) for mask in highest)
-    common.say(f"{top}: {len(x)} pictures to train on, {len(u)} to test on, {count} classes")
-    return train, test, [str(i) for i in range(count)]
+        common.say(f"{top} has no validation/: every tenth picture is kept for testing")
+        u, z = x[9::10], y[9::10]
+        del x[9::10], y[9::10]
+    if not u:
+        raise common.UserError(f"{top}: {len(x)} pictures with masks are too few to keep a tenth for testing")
+    train, test = (Masked(*files, 150 if ade else cfg.num_classes or IGNORE, cfg.seed, ade) for files in ((x, y), (u, z)))
+    if not ade and not cfg.num_classes:
+        highest, both = 0, [(part, i) for part in (train, test) for i in range(len(part))]
+        for part, i in tqdm(both, "classes", leave=False, disable=None if common.rank() == 0 else True):
+            with contextlib.suppress(OSError):           # it will be named when it is needed
+                highest = max([highest, *(c for c in part.mask(i).unique().tolist() if c != IGNORE)])
+        train.classes = test.classes = highest + 1
+    if train.classes < 2:
+        raise common.UserError(f"the masks in {masks} hold one class besides {IGNORE}, which is ignored; "
+                               "a mask's pixels are 0, 1, ... for the classes")
+    common.say(f"{top}: {len(x)} pictures to train on, {len(u)} to test on, {train.classes} classes")
+    return train, test, [str(i) for i in range(train.classes)]
 
 
 def windows(size: int, crop: int, stride: int) -> list[int]:
     """Where windows of `crop` begin along `size`: every `stride`, the last one flush with the end."""
-    return [min(start, size - crop) for start in range(0, max(size - crop, 0) + stride, stride)
-            if start - stride < size - crop or start == 0]
+    return [min(start, size - crop) for start in range(0, size - crop + stride, stride)]
 
 
 def slide(model, image, crop: int, stride: int, classes: int):
@@ -598,7 +651,7 @@ def slide(model, image, crop: int, stride: int, classes: int):
 def segmentation(cfg: Config, model, pictures: Masked, classes: int, device):
     """(C, C) pixel counts over the whole set. The shorter side is resized to --image-size, the logits
     back to the mask's own size. Each process takes its share; unreadable pictures are left out."""
-    model.eval()
+    ready(model)
     counts = torch.zeros(classes, classes, dtype=torch.int64, device=device)
     mine = range(common.rank(), len(pictures), common.world())
     size = 100 if torch.is_tensor(pictures.source) else 1                       # files differ in size
@@ -626,9 +679,8 @@ def segment_pictures(cfg: Config, model, images, size, classes: int, device):
 def fit(cfg: Config, run, network, optimizer, peak_lr, batches, loss_of, after_step=None, score=None):
     """The loop of every protocol that trains. loss_of: batch -> scalar loss; score() after each epoch.
 
-    What is drawn in a step (drop path, mixing) depends on the seed, the step and the process.
-    Returns the scores after the last step, None if there are none."""
-    warmup, scores = cfg.warmup_epochs * run.steps_per_epoch, None
+    What is drawn in a step (drop path, mixing) depends on the seed, the step and the process."""
+    warmup = cfg.warmup_epochs * run.steps_per_epoch
     for step in run.steps():
         lr = common.learning_rate(step, warmup, run.total, peak_lr, cfg.min_lr)
         if cfg.schedule == "linear" and step >= warmup:
@@ -648,10 +700,7 @@ def fit(cfg: Config, run, network, optimizer, peak_lr, batches, loss_of, after_s
         optimizer.zero_grad()
         if after_step:
             after_step()
-        scores = score() if run.end_step(step, step_loss, lr) and score else None
-        if scores:
-            run.write(step=step + 1, **scores)
-    return scores
+        run.end_step(step, step_loss, lr, score)
 
 
 def distributed(model):
@@ -690,23 +739,28 @@ def retrieval(cfg: Config, encoder, device, data) -> dict:
 def linear_sweep(cfg: Config, encoder, device, data) -> dict:
     """Linear layers on cached, standardised features, one for each learning rate of the sweep.
 
-    Each is trained twice side by side: without every tenth training picture, whose accuracy chooses
-    the rate, and with all of them, for the figure."""
-    (train, y), (test, z) = (all_features(cfg, encoder, part, device) for part in (data.train, data.test))
-    x, u, classes = train[cfg.features], test[cfg.features], len(data.classes)
+    Each is trained twice side by side: without every tenth training picture of a class (the last
+    one, where it has fewer), whose accuracy chooses the rate, and with all of them, for the figure."""
+    taken, classes = (cfg.features,), len(data.classes)
+    (train, y), (test, z) = (all_features(cfg, encoder, part, device, taken) for part in (data.train, data.test))
+    x, u = train[cfg.features], test[cfg.features]
     mean, std = x.mean(dim=0), x.std(dim=0) + 1e-6
     x, u = (x - mean) / std, (u - mean) / std
-    every = min(10, len(x))
-    held = torch.arange(len(x), device=device) % every == every - 1
+    held = torch.zeros(len(x), dtype=torch.bool, device=device)
+    for label in range(classes):
+        mine = (y == label).nonzero()[:, 0]
+        every = min(10, len(mine))
+        held[mine[every - 1::every] if every > 1 else mine[:0]] = True
     heads = SweepHeads(x.shape[1], classes, len(RATES)).to(device)
     cfg = replace(cfg, batch_size=min(cfg.batch_size, len(x) // common.world() * common.world()))
-    groups = [{"params": fc.parameters(), "scale": 2 * len(RATES) * rate}      # the loss is the heads' mean
-              for fc, rate in zip(heads.fcs, RATES)]
-    optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=cfg.weight_decay)
+    count = 2 * len(RATES)                               # the loss is their mean, which divides each one's gradient
+    groups = [{"params": [p], "scale": count * rate, "weight_decay": cfg.weight_decay / count * (p.ndim > 1)}
+              for fc, rate in zip(heads.fcs, RATES) for p in fc.parameters()]
+    optimizer = torch.optim.SGD(groups, momentum=0.9)
     steps_per_epoch, peak_lr = common.plan(cfg, len(x))
     common.say(f"of {len(x)} training pictures, {held.sum()} choose among the rates "
                + ", ".join(f"{peak_lr * rate:.3g}" for rate in RATES))
-    run = common.Run("evaluate", cfg, heads, optimizer, steps_per_epoch)
+    run = common.Run(f"evaluate, encoder {digest(encoder)}", cfg, heads, optimizer, steps_per_epoch)
     network = distributed(heads)
 
     def loss_of(batch):
@@ -714,14 +768,16 @@ def linear_sweep(cfg: Config, encoder, device, data) -> dict:
         labels = y[rows, None, None].expand(-1, 2, len(RATES))
         loss = F.cross_entropy(network(x[rows]).flatten(0, 2), labels.flatten(), reduction="none").view(labels.shape)
         seen = torch.stack([~held[rows], torch.ones_like(held[rows])], dim=1).unsqueeze(2)     # (B, 2, 1)
-        return ((loss * seen).sum(dim=0) / seen.sum(dim=0).clamp(min=1)).mean()
+        return (loss * seen).mean()
 
     fit(cfg, run, network, optimizer, peak_lr, iter(common.Batches(cfg, len(x), run.first, run.last)), loss_of)
     with torch.no_grad():
-        chosen = 100 * (heads(x[held])[:, 0].argmax(dim=-1) == y[held, None]).float().mean(dim=0)      # (rates)
-        best = int(chosen.argmax())
-        scores = top1_top5(heads(u)[:, 1, best], z)
-    common.say(f"learning rate {peak_lr * RATES[best]:.3g} was chosen, {chosen[best]:.1f} % on the held-out tenth")
+        right = [(heads(rows)[:, 0].argmax(dim=-1) == labels[:, None]).sum(dim=0)                      # (rates)
+                 for rows, labels in zip(x[held].split(1000), y[held].split(1000))]
+        best = int(sum(right).argmax()) if held.any() else len(RATES) // 2
+        scores = top1_top5(torch.cat([heads(rows)[:, 1, best] for rows in u.split(1000)]), z)
+    common.say(f"learning rate {peak_lr * RATES[best]:.3g} was chosen, {100 * int(sum(right)[best]) / int(held.sum()):.1f} % "
+               "of the held-out pictures" if held.any() else "one picture a class: the middle learning rate was taken")
     return scores | {"chosen_lr": peak_lr * RATES[best]}
 
 
@@ -734,6 +790,8 @@ def probe(cfg: Config, encoder, device, data) -> dict:
         groups = common.parameter_groups(model.head, cfg.weight_decay)
         optimizer = torch.optim.AdamW(groups, betas=(0.9, cfg.beta2), fused=True)
     else:
+        if cfg.batch_size // (common.world() * cfg.accumulate) < 2:
+            raise common.UserError("batch normalisation needs two pictures or more in a pass; raise --batch-size")
         encoder.norm = nn.Identity() if cfg.features.endswith("raw") else encoder.norm
         model = Frozen(encoder, LinearHead(width, classes, cfg.features)).to(device)
         optimizer = LARS(model.head.parameters(), weight_decay=cfg.weight_decay)
@@ -746,7 +804,7 @@ def classify(cfg: Config, model, trained, optimizer, device, data, ema=None) -> 
     trained: the module whose weights the run's checkpoint keeps. ema: averages model's weights."""
     data.train.transform = augment(cfg)
     steps_per_epoch, peak_lr = common.plan(cfg, len(data.train))
-    run = common.Run("evaluate", cfg, trained, optimizer, steps_per_epoch)
+    run = common.Run(f"evaluate, encoder {digest(model.encoder)}", cfg, trained, optimizer, steps_per_epoch)
     common.say(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters are trained")
     if cfg.compile:
         model.compile()
@@ -766,8 +824,9 @@ def classify(cfg: Config, model, trained, optimizer, device, data, ema=None) -> 
         common.say(", ".join(f"{name} {value:.2f} %" for name, value in scores.items()))
         return scores
 
-    return fit(cfg, run, network, optimizer, peak_lr, picture_batches(cfg, data.train, run), loss_of,
-               (lambda: ema.update_parameters(model)) if ema else None, score) or score()
+    fit(cfg, run, network, optimizer, peak_lr, picture_batches(cfg, data.train, run), loss_of,
+        (lambda: ema.update_parameters(model)) if ema else None, score)
+    return run.scores or score()                         # score: it was cut short, or had ended before
 
 
 def finetune(cfg: Config, encoder, device, data, extra: dict, about: dict) -> dict:
@@ -779,6 +838,8 @@ def finetune(cfg: Config, encoder, device, data, extra: dict, about: dict) -> di
         if extra.get("head.weight", torch.empty(0)).shape[:1] != (classes,):
             raise common.UserError(f"{cfg.checkpoint} has no classifier of {classes} classes")
         cfg = replace(cfg, pool="mean" if "fc_norm.weight" in extra else "cls")
+    elif cfg.pool == "cls" and isinstance(encoder.norm, nn.Identity):
+        raise common.UserError(f"{cfg.checkpoint} averages tokens and has no norm for the class token: --pool mean")
     model = Classifier(encoder, classes, cfg.pool)
     if cfg.eval:
         head = {name: value for name, value in extra.items() if name.startswith(("head.", "fc_norm."))}
@@ -797,22 +858,25 @@ def finetune(cfg: Config, encoder, device, data, extra: dict, about: dict) -> di
     for name, part in ({"finetuned": model} | ({"finetuned-ema": ema.module} if ema else {})).items():
         if common.rank() == 0:
             weights = {key: value.cpu() for key, value in part.weights().items()}
-            torch.save(about | {"model": weights}, Path(cfg.output, f"{name}.pt"))
+            common.save_whole(about | {"model": weights}, Path(cfg.output, f"{name}.pt"))
     return result
 
 
 def segment(cfg: Config, encoder, device) -> dict:
     """Mean intersection over union of a linear head on the patch map, the encoder frozen or trained."""
     train, test, classes = open_masked(cfg)
-    train.transform = v2.Compose([
-        v2.RandomResizedCrop(cfg.image_size, (cfg.crop_scale, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
-        if cfg.crop_scale < 1 else v2.Resize((cfg.image_size, cfg.image_size)), v2.RandomHorizontalFlip()])
+    bicubic, size = v2.InterpolationMode.BICUBIC, cfg.image_size
+    crop = [v2.RandomResizedCrop(size, (cfg.crop_scale, 1.0), interpolation=bicubic)] if cfg.crop_scale < 1 else \
+        [v2.Resize(size, bicubic), v2.CenterCrop(size)]
+    train.transform = v2.Compose([*crop, v2.RandomHorizontalFlip()])
     model = Segmenter(encoder.requires_grad_(not cfg.frozen), len(classes)).to(device)
-    encoder.pos_embed.requires_grad_(False)
+    if not cfg.frozen:
+        add_drop_path(encoder.blocks, cfg.drop_path)
     trained = model.head if cfg.frozen else model
-    optimizer = torch.optim.AdamW(common.parameter_groups(model, cfg.weight_decay), betas=(0.9, cfg.beta2), fused=True)
+    groups = layer_decay_groups(model, cfg.weight_decay, cfg.layer_decay)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, cfg.beta2), fused=True)
     steps_per_epoch, peak_lr = common.plan(cfg, len(train))
-    run = common.Run("evaluate", cfg, trained, optimizer, steps_per_epoch)
+    run = common.Run(f"evaluate, encoder {digest(encoder)}", cfg, trained, optimizer, steps_per_epoch)
     if cfg.compile:
         model.compile()
     network = distributed(model)
@@ -821,7 +885,9 @@ def segment(cfg: Config, encoder, device) -> dict:
         (images, masks), _, _ = batch
         with common.autocast(device, cfg.precision):
             logits = network(common.to_device(images, device))
-        return F.cross_entropy(logits.float(), masks.to(device).long(), ignore_index=IGNORE)
+        truth = masks.to(device).long()
+        loss = F.cross_entropy(logits.float(), truth, ignore_index=IGNORE, reduction="sum")
+        return loss / (truth != IGNORE).sum().clamp(min=1)
 
     fit(cfg, run, network, optimizer, peak_lr, picture_batches(cfg, train, run), loss_of)
     counts = segmentation(cfg, model, test, len(classes), device)
@@ -859,9 +925,12 @@ def evaluate(cfg: Config) -> dict:
         data = data._replace(train=subset(data.train, cfg.shots, cfg.percent, cfg.seed))
     encoder, extra, about = load_encoder(cfg)
     cfg = replace(cfg, image_size=about["config"]["image_size"])
+    if cfg.stride > cfg.image_size:
+        raise common.UserError(f"stride {cfg.stride} leaves gaps between windows of {cfg.image_size} pixels")
+    torch.manual_seed(cfg.seed)                          # building the encoder took the checkpoint's seed
     encoder.to(device).eval()
     common.say(f"encoder of {about['method']}: {sum(p.numel() for p in encoder.parameters()):,} parameters, "
-               f"input {cfg.image_size} pixels, {encoder.grid[0] * encoder.grid[1]} patches")
+               f"{about['config']['num_heads']} heads, input {cfg.image_size} pixels, {encoder.grid[0] * encoder.grid[1]} patches")
     if common.rank() == 0:
         Path(cfg.output).mkdir(parents=True, exist_ok=True)
     if cfg.protocol == "segment":
@@ -885,6 +954,8 @@ def evaluate(cfg: Config) -> dict:
 def main(argv=None) -> dict:
     with common.launched():
         argv = list(sys.argv[1:] if argv is None else argv)
+        if any(word.startswith("--protocol") for word in argv):
+            raise common.UserError("the protocol is the first word: python evaluate.py linear ...")
         protocol = argv.pop(0) if argv and not argv[0].startswith("-") else "knn"
         if protocol not in PRESETS:
             raise common.UserError(f"no protocol {protocol}; there are {', '.join(PRESETS)}")

@@ -62,12 +62,12 @@ class Config:
     decoder_embed_dim: int = 32   # width E of the decoder
     decoder_depth: int = 1        # blocks of the decoder
     decoder_num_heads: int = 2    # attention heads of the decoder
-    mask_ratio: float = 0.75      # share of the patches that is hidden
+    mask_ratio: float = 0.6       # share of the patches that is hidden
     norm_pix: bool = True         # target: pixels normalised within their patch; no: plain pixels
     crop_scale: float = 1.0       # smallest area of the random crop; 1: no crop
     batch_size: int = 32          # pictures in a step, all processes and passes together
     accumulate: int = 1           # passes that make up a step, to save memory
-    epochs: int = 10              # passes over the data
+    epochs: int = 7               # passes over the data
     warmup_epochs: float = 1.0    # epochs of linear warm-up from 0
     base_lr: float = 0.016        # learning rate for 256 pictures a step
     weight_decay: float = 0.05    # AdamW's, on matrices and tokens only

@@ -192,10 +192,13 @@ def plan(cfg, pictures: int) -> tuple[int, float]:
     return steps, peak
 
 
-def learning_rate(step: float, warmup: float, total: float, peak: float, minimum: float = 0.0):
-    """Linear warm-up from 0 to `peak`, then half a cosine down to `minimum`; any unit of time."""
+def learning_rate(step: float, warmup: float, total: float, peak: float, minimum: float = 0.0, shape="cosine"):
+    """Linear warm-up from 0 to `peak`, then half a cosine, or a line ("linear"), down to `minimum`; any
+    unit of time."""
     if step < warmup:
         return peak * step / warmup
+    if shape == "linear":
+        return minimum + (peak - minimum) * (total - step) / (total - warmup)
     cosine = float(np.cos(np.pi * (step - warmup) / (total - warmup)))
     return minimum + (peak - minimum) * 0.5 * (1 + cosine)
 

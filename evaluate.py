@@ -29,6 +29,7 @@ import argparse
 import contextlib
 import hashlib
 import importlib
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -79,7 +80,7 @@ class Config:
     frozen: bool = True           # segment: leave the encoder as it is
     eval: bool = False            # finetune: only score a fine-tuned checkpoint
     pool: Literal["mean", "cls"] = "mean"  # finetune: patch tokens' mean and a new norm, or class token
-    num_classes: int = 0          # segment, a folder: classes; 0: as many as the training masks hold
+    num_classes: int = 0          # segment, a folder: classes; 0: as many as the masks hold
     stride: int = 0               # segment: step of the sliding window in pixels; 0: two thirds of it
     batch_size: int = 256         # pictures in a step, all processes and passes together
     accumulate: int = 1           # passes that make up a step, to save memory
@@ -110,8 +111,8 @@ class Config:
 
     def __post_init__(self):
         source, data = Path(self.checkpoint).resolve(), Path(self.data).resolve().name
-        names = {stem: source.parent.name for stem in ("checkpoint", "checkpoint.previous", "encoder", "finetuned")}
-        name = (names | {"finetuned-ema": f"{source.parent.name}-ema"}).get(source.stem, source.stem)
+        runs = {stem: source.parent.name for stem in ("checkpoint", "checkpoint.previous", "encoder", "finetuned")}
+        name = (runs | {"finetuned-ema": f"{source.parent.name}-ema"}).get(source.stem, source.stem)
         self.output = self.output or f"runs/{self.protocol}-{name.removesuffix('-' + data)}-{data}"
         share, many = (0, 1), (0, np.inf)
         for limits, names in {
@@ -237,16 +238,18 @@ def load_encoder(cfg: Config):
             common.say(f"position table of {patches} patches resized to {model.grid[0]} x {model.grid[1]} (bicubic)")
         misfits = {name for name in own.keys() & state.keys() if own[name].shape != state[name].shape}
         if missing or misfits or strange:
-            count = lambda names: f"{len(names)} {sorted(names)[:3]}"
-            raise common.UserError(f"{cfg.checkpoint} does not fit: missing {count(missing)}, unexpected {count(strange)}, "
-                                   f"of another size {count(misfits)}; check --method, --model and --patch-size")
+            raise common.UserError(f"{cfg.checkpoint} does not fit: missing {listed(missing)}, unexpected {listed(strange)}, "
+                                   f"of another size {listed(misfits)}; check --method, --model and --patch-size")
         model.load_state_dict({name: state[name] for name in own})
-        families = [name.split(".")[0] for name in extra]
-        common.say(f"{cfg.checkpoint}: {len(own)} tensors of the encoder loaded, missing none, left out {len(extra)}"
-                   + "".join(f", {families.count(name)} {name}" for name in sorted(set(families))))
+        common.say(f"{cfg.checkpoint}: {len(own)} tensors of the encoder loaded, missing none, left out {listed(extra)}")
     else:
         common.say("checkpoint none: the encoder is untrained")
     return model, extra, {"method": method, "config": asdict(config)}
+
+
+def listed(names) -> str:
+    """How many names, and all of them, those of equal blocks as one: "2 [blocks.*.norm1.bias]"."""
+    return f"{len(names)} [{', '.join(sorted({re.sub(r'[.][0-9]+[.]', '.*.', name) for name in names}))}]"
 
 
 def digest(model) -> str:
@@ -682,9 +685,7 @@ def fit(cfg: Config, run, network, optimizer, peak_lr, batches, loss_of, after_s
     What is drawn in a step (drop path, mixing) depends on the seed, the step and the process."""
     warmup = cfg.warmup_epochs * run.steps_per_epoch
     for step in run.steps():
-        lr = common.learning_rate(step, warmup, run.total, peak_lr, cfg.min_lr)
-        if cfg.schedule == "linear" and step >= warmup:
-            lr = cfg.min_lr + (peak_lr - cfg.min_lr) * (run.total - step) / (run.total - warmup)
+        lr = common.learning_rate(step, warmup, run.total, peak_lr, cfg.min_lr, cfg.schedule)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("scale", 1)
         network.train()
@@ -885,7 +886,7 @@ def segment(cfg: Config, encoder, device) -> dict:
         (images, masks), _, _ = batch
         with common.autocast(device, cfg.precision):
             logits = network(common.to_device(images, device))
-        truth = masks.to(device).long()
+        truth = masks.to(device, non_blocking=True).long()
         loss = F.cross_entropy(logits.float(), truth, ignore_index=IGNORE, reduction="sum")
         return loss / (truth != IGNORE).sum().clamp(min=1)
 
@@ -909,8 +910,8 @@ def show(cfg: Config, model, pictures: Masked, classes: int, device, path):
         (image, mask), _, _ = pictures[0, i]
         prediction = segment_pictures(cfg, model, image[None], mask.shape, classes, device)
         rows["picture"].append(common.to_device(crop(image)[None], "cpu"))
-        for name, classes_ in (("truth", mask[None]), ("prediction", prediction)):
-            rows[name].append(crop(colours(classes_)[0])[None])
+        for name, found in (("truth", mask[None]), ("prediction", prediction)):
+            rows[name].append(crop(colours(found)[0])[None])
     common.save_rows(path, {name: torch.cat(images) for name, images in rows.items()})
 
 

@@ -27,6 +27,8 @@ def test_learning_rate():
         assert got == pytest.approx(lr, rel=1e-6)
     points = [common.learning_rate(e, 2, 10, 1.0) for e in (0, 0.5, 1, 2, 6, 10)]
     assert points == pytest.approx([0, 0.25, 0.5, 1, 0.5, 0])
+    line = [common.learning_rate(e, 2, 10, 1.0, 0.2, "linear") for e in (0, 1, 2, 4, 10)]
+    assert line == pytest.approx([0, 0.5, 1, 0.8, 0.2])
 
 
 def labels(name, count):

@@ -423,11 +423,11 @@ def test_other_image_size_resizes_positions(tmp_path):
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda s: s.pop("blocks.1.norm1.bias"), "missing 1 ['blocks.1.norm1.bias']"),
-    (lambda s: s.update({"dist_token": torch.zeros(1), "pos_embed": torch.zeros(1, 18, 16)}), "unexpected 1 ['dist_token']"),
-    (lambda s: s.update({"cls_token": torch.zeros(1, 1, 8)}), "of another size 1 ['cls_token']"),
-    (lambda s: s.update({"pos_embed": torch.zeros(1, 16, 16)}), "of another size 1 ['pos_embed']"),
-    (lambda s: s.pop("norm.weight"), "missing 1 ['norm.weight']"),
+    (lambda s: s.pop("blocks.1.norm1.bias"), "missing 1 [blocks.*.norm1.bias]"),
+    (lambda s: s.update({"dist_token": torch.zeros(1), "pos_embed": torch.zeros(1, 18, 16)}), "unexpected 1 [dist_token]"),
+    (lambda s: s.update({"cls_token": torch.zeros(1, 1, 8)}), "of another size 1 [cls_token]"),
+    (lambda s: s.update({"pos_embed": torch.zeros(1, 16, 16)}), "of another size 1 [pos_embed]"),
+    (lambda s: s.pop("norm.weight"), "missing 1 [norm.weight]"),
     (lambda s: s.update({3: torch.zeros(1)}), "holds no weights"),
     (lambda s: [s.pop(n) for n in list(s) if n != "cls_token"], "no Vision Transformer"),
     (lambda s: s.update({"epoch": 3}), "holds no weights")])

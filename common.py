@@ -203,11 +203,14 @@ def learning_rate(step: float, warmup: float, total: float, peak: float, minimum
     return minimum + (peak - minimum) * 0.5 * (1 + cosine)
 
 
-def parameter_groups(model, weight_decay: float) -> list[dict]:
-    """Two groups for AdamW: vectors (biases, normalisation) are not decayed, all else is."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    return [{"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
-            {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0}]
+def parameter_groups(model, weight_decay: float, undecayed: tuple = ()) -> list[dict]:
+    """Two groups for AdamW: vectors (biases, normalisation) and the `undecayed` names are not decayed,
+    all else is."""
+    groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups[p.ndim <= 1 or name in undecayed]["params"].append(p)
+    return groups
 
 
 # --------------------------------------------------------------------------------------- pictures
@@ -281,10 +284,12 @@ def decode(data: bytes) -> torch.Tensor:
         raise OSError(why(error).split(", ")[-1]) from error
 
 
-def augment(size: int, scale: float):
-    """MAE's: a crop of `scale` to 1 of the area (1: the centre) made size x size, and a flip."""
+def augment(size: int, scale: float, jitter: float = 0.0):
+    """A crop of `scale` to 1 of the area (1: the centre) made size x size, a flip (MAE's), and a change
+    of brightness, contrast and saturation by up to `jitter` (BEiT's)."""
     crop = v2.RandomResizedCrop(size, (scale, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
-    return v2.Compose([crop if scale < 1 else Centre(size), v2.RandomHorizontalFlip()])
+    steps = [crop if scale < 1 else Centre(size), v2.RandomHorizontalFlip()]
+    return v2.Compose(steps + [v2.ColorJitter(jitter, jitter, jitter)] * (jitter > 0))
 
 
 class Centre:

@@ -27,6 +27,7 @@ others (timm's augreg: 0.5) score too low. B batch, N patches, D width, C classe
 
 import argparse
 import contextlib
+import copy
 import hashlib
 import importlib
 import re
@@ -213,10 +214,10 @@ def load_encoder(cfg: Config):
                                                    "patch_size") if getattr(cfg, name)}
     if ours:
         settings = saved["config"] | ({"embed_dim": 0, "depth": 0, "num_heads": 0} if cfg.model else {})
-    elif "patch_embed.proj.weight" in state and "pos_embed" in state:
-        patch_size = state["patch_embed.proj.weight"].shape[-1]
-        settings = script.PRESETS["imagenet"] | dict(
-            patch_size=patch_size, image_size=patch_size * round((state["pos_embed"].shape[1] - 1) ** 0.5))
+        settings |= {"drop_path": 0.0} if "drop_path" in settings else {}        # ours is added below
+    elif "patch_embed.proj.weight" in state and any(map(table_grid, state.items())):
+        patch_size, side = state["patch_embed.proj.weight"].shape[-1], max(map(table_grid, state.items()))
+        settings = script.PRESETS["imagenet"] | dict(patch_size=patch_size, image_size=patch_size * round(side))
     elif state:
         raise common.UserError(f"{cfg.checkpoint} holds no Vision Transformer in timm's names, but {sorted(state)[:3]}")
     else:
@@ -227,15 +228,19 @@ def load_encoder(cfg: Config):
         delattr(model, name)                             # the decoder, or what else a method has
     if "fc_norm.weight" in state and "norm.weight" not in state:
         model.norm = nn.Identity()
+    if any(name.startswith("blocks.0.rel_pos_bias") for name in state):
+        own_tables(model)
     own = model.state_dict()
     extra = {name: value for name, value in state.items() if name not in own}
     if state:
         missing = own.keys() - state.keys()
         strange = {name for name in extra if not name.startswith(("head.", "fc_norm.", *model.thrown_away))}
-        patches = state["pos_embed"].shape[1] - 1 if "pos_embed" in state else 0
-        if not missing and not strange and round(patches ** 0.5) ** 2 == patches != own["pos_embed"].shape[1] - 1:
-            state["pos_embed"] = script.resize_positions(state["pos_embed"], model.grid)
-            common.say(f"position table of {patches} patches resized to {model.grid[0]} x {model.grid[1]} (bicubic)")
+        for name, value in () if missing or strange else list(state.items()):
+            side = table_grid((name, value))
+            if name in own and side and side == round(side) and own[name].shape != value.shape:
+                resize = script.resize_positions if name == "pos_embed" else script.resize_relative
+                state[name] = resize(value, model.grid)
+                common.say(f"{name} of {round(side) ** 2} patches resized to {model.grid[0]} x {model.grid[1]} (bicubic)")
         misfits = {name for name in own.keys() & state.keys() if own[name].shape != state[name].shape}
         if missing or misfits or strange:
             raise common.UserError(f"{cfg.checkpoint} does not fit: missing {listed(missing)}, unexpected {listed(strange)}, "
@@ -245,6 +250,24 @@ def load_encoder(cfg: Config):
     else:
         common.say("checkpoint none: the encoder is untrained")
     return model, extra, {"method": method, "config": asdict(config)}
+
+
+def table_grid(item) -> float:
+    """(name, tensor) of a position table -> the side of the square grid of patches it is for; else 0."""
+    name, value = item
+    if name == "pos_embed":
+        return (value.shape[1] - 1) ** 0.5
+    if name.endswith("relative_position_bias_table"):    # (2n - 1)^2 + 3 rows
+        return ((max(len(value), 4) - 3) ** 0.5 + 1) / 2
+    return 0
+
+
+def own_tables(encoder):
+    """BEiT's way to fine-tune: the one table of relative positions becomes a table for each block."""
+    for block in encoder.blocks if getattr(encoder, "rel_pos_bias", None) is not None else ():
+        block.rel_pos_bias = copy.deepcopy(encoder.rel_pos_bias)
+        block.register_forward_pre_hook(lambda block, args: (args[0], block.rel_pos_bias(), *args[2:]))
+    encoder.rel_pos_bias = None
 
 
 def listed(names) -> str:
@@ -421,7 +444,9 @@ class Classifier(nn.Module):
         super().__init__()
         self.encoder, self.pool = encoder, pool
         width = encoder.cls_token.shape[-1]
-        encoder.pos_embed.requires_grad_(True)
+        own_tables(encoder)
+        if getattr(encoder, "pos_embed", None) is not None:
+            encoder.pos_embed.requires_grad_(True)
         self.fc_norm = nn.LayerNorm(width, eps=1e-6) if pool == "mean" else nn.Identity()
         if pool == "mean":
             encoder.norm = nn.Identity()
@@ -495,7 +520,7 @@ def layer_decay_groups(model, weight_decay: float, decay: float) -> list[dict]:
         if not p.requires_grad:
             continue
         part = name.removeprefix("encoder.").split(".")
-        layer = 0 if part[0] in ("cls_token", "pos_embed", "patch_embed") else depth + 1
+        layer = 0 if part[0] in ("cls_token", "pos_embed", "patch_embed", "rel_pos_bias") else depth + 1
         layer = int(part[1]) + 1 if part[0] == "blocks" else layer
         decayed = p.ndim > 1 and part[0] not in ("cls_token", "pos_embed")
         group = {"params": [], "weight_decay": weight_decay * decayed, "scale": decay ** (depth + 1 - layer)}

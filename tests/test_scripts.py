@@ -1,0 +1,45 @@
+"""What the method scripts share is the same text in each, and what they import is little."""
+
+import ast
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+METHODS = [name for name in ("mae", "maskdistill", "flip", "dtm", "amt", "supmim") if (ROOT / f"{name}.py").exists()]
+SHARED = {                                               # text that no method changes, where it is there
+    "patchify", "unpatchify", "take", "sincos_positions", "resize_positions", "PatchEmbed", "main"}
+DISTILLED = {"RelativePositions", "relative_rows", "relative_index", "Attention", "quick_gelu", "Mlp", "Block", "scaled",
+             "VisionTransformer", "block_masking", "random_masking", "hog", "Teacher", "download", "read_weights",
+             "clip_to_timm", "load_teacher", "resize_relative", "Classifier", "train_teacher", "open_teacher"}
+
+
+def parts(name):
+    """{function or class: its text} of a script."""
+    text = (ROOT / f"{name}.py").read_text()
+    return {node.name: ast.get_source_segment(text, node) for node in ast.parse(text).body
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_shared_text(name):
+    ours, model = parts(name), parts("mae")
+    assert {"Config", "build", "train", "main"} <= ours.keys()
+    differ = {part for part in SHARED & ours.keys() & model.keys() if ours[part].replace(name, "mae") != model[part]}
+    assert not differ
+    if name == "dtm":
+        other = parts("maskdistill")
+        assert not {part for part in DISTILLED if ours[part].replace(name, "maskdistill") != other[part]}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_script_imports_no_other(name):
+    imported = set()
+    for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            imported.add(node.module.split(".")[0])
+    assert not imported & {"evaluate", *METHODS}
+    assert imported - set(sys.stdlib_module_names) <= {"common", "torch", "torchvision", "numpy", "tqdm"}

@@ -542,7 +542,7 @@ def _draw(split: int, index: np.ndarray) -> dict:
 
 
 # -------------------------------------------------------------------------------------------- run
-FREE = {"output", "data_root", "preset", "workers", "accumulate", "compile", "resume", "max_steps",
+FREE = {"output", "data_root", "preset", "workers", "accumulate", "compile", "resume", "trust", "max_steps",
         "save_every", "log_every", "knn_pictures"}       # what may differ when a run goes on
 
 

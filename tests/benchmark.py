@@ -1,10 +1,11 @@
 """How fast is it? Run by hand: `python tests/benchmark.py train`, `... data` or `... features`.
 
-train   one optimiser step of MAE (ViT-B/16, 224 pixels, 75 % hidden, decoder 8 x 512), ours and the
-        peers', each in a process of its own, taking turns on the same pictures; fused AdamW for all.
-        Printed: images/s, the ratio to ours (median over the rounds), FLOP/s counted for each as a
-        share of what a large matrix product reaches in the same rounds, and peak memory. Ours begins
-        as its scripts do, with `common.start`.
+train   one optimiser step of MAE (ViT-B/16, 224 pixels, 75 % hidden, decoder 8 x 512), or with --method
+        maskdistill of a ViT-B/16 student and a teacher like CLIP's ViT-B/16, ours and the peers', each in
+        a process of its own, taking turns on the same pictures; fused AdamW for all. Printed: images/s,
+        the ratio to ours (median over the rounds), FLOP/s counted for each as a share of what a large
+        matrix product reaches in the same rounds, and peak memory. Ours begins as its scripts do, with
+        `common.start`.
 data    images/s on one core: decoding, cropping, and both on JPEGs that `common.py shrink` has made
         small, beside the usual Pillow loader. --folder: real pictures; else it draws 500 x 375 ones.
 features  images/s of `evaluate.py`'s features of the test set of --folder by --checkpoint, reading
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -31,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 import evaluate
 import mae
+import maskdistill
 
 DECODER = dict(decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16)
 
@@ -68,13 +71,48 @@ def vit_pytorch(size):
     return model, lambda model, images: model(images)
 
 
-CONTESTANTS = {"ours": ours, "timm blocks": timm_blocks, "transformers": transformers, "vit-pytorch": vit_pytorch}
+def our_student(size):
+    """MaskDistill's student, and CLIP's architecture as its teacher, untrained; the teacher is counted, too."""
+    width, depth, heads = mae.SIZES[size]
+    teacher = maskdistill.Teacher(maskdistill.VisionTransformer(
+        224, 16, width, depth, heads, pre_norm=True, act=maskdistill.quick_gelu, eps=1e-5), maskdistill.CLIP_MEAN, maskdistill.CLIP_STD)
+    model = maskdistill.MaskDistill(224, 16, width, depth, heads, width)
+    model.add_module("a teacher of its own", teacher)    # to travel with it; frozen
+    return model, lambda model, images: model(images, teacher)[0]
+
+
+def transformers_student(size):
+    """transformers' BEiT with mask tokens and one table of relative positions, its CLIP as the teacher."""
+    from transformers import BeitConfig, BeitModel, CLIPVisionConfig, CLIPVisionModel
+    width, depth, heads = mae.SIZES[size]
+    same = dict(hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads, intermediate_size=4 * width,
+                image_size=224, patch_size=16)
+    beit = BeitModel(BeitConfig(**same, use_mask_token=True, use_shared_relative_position_bias=True, drop_path_rate=0.0),
+                     add_pooling_layer=False)
+    clip = CLIPVisionModel(CLIPVisionConfig(**same)).requires_grad_(False)
+    model = nn.ModuleDict({"beit": beit, "clip": clip, "head": nn.Linear(width, width)})
+
+    def loss(images):
+        noise = torch.rand(len(images), 4 * 20 + 196, device=images.device)
+        _, hidden = maskdistill.block_masking(noise, (14, 14), 78, 16)
+        mask = torch.zeros(len(images), 196, dtype=torch.bool, device=images.device).scatter_(1, hidden, True)
+        tokens = beit(images, bool_masked_pos=mask).last_hidden_state[:, 1:]
+        with torch.no_grad():
+            target = clip(images).last_hidden_state[:, 1:]
+            target = F.layer_norm(maskdistill.take(target, hidden).float(), (width,))
+        return F.smooth_l1_loss(model["head"](maskdistill.take(tokens, hidden)).float(), target)
+    model.forward = loss
+    return model, lambda model, images: model(images)
+
+
+CONTESTANTS = {"mae": {"ours": ours, "timm blocks": timm_blocks, "transformers": transformers, "vit-pytorch": vit_pytorch},
+               "maskdistill": {"ours": our_student, "transformers": transformers_student}}
 
 
 class Contestant:
     def __init__(self, name, args):
         self.name, self.bf16, self.device = name, args.precision == "bf16", args.device
-        self.model, self.loss = CONTESTANTS[name](args.model)
+        self.model, self.loss = CONTESTANTS[args.method][name](args.model)
         self.model.to(self.device).train()
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad],
                                            lr=1e-4, betas=(0.9, 0.95), fused=True)
@@ -122,7 +160,7 @@ def serve(name, args, pipe):
 
 def train(args):
     spawn, pipes, flops = multiprocessing.get_context("spawn"), {}, {}
-    for name in args.contestants:
+    for name in args.contestants or CONTESTANTS[args.method]:
         pipes[name], theirs = spawn.Pipe()
         spawn.Process(target=serve, args=(name, args, theirs), daemon=True).start()
         flops[name] = pipes[name].recv()
@@ -137,7 +175,7 @@ def train(args):
             pipes[name].send(repeat)
             times[name].append(pipes[name].recv())
     rate = statistics.median(rates)
-    print(f"\n{args.model}/16, batch {args.batch}, {args.precision}, {'compiled' if args.compile else 'eager'}, "
+    print(f"\n{args.method}, {args.model}/16, batch {args.batch}, {args.precision}, {'compiled' if args.compile else 'eager'}, "
           f"{args.rounds} rounds, {device_name(args.device)}, torch {torch.__version__}\n"
           f"{n}^3 matrix product: {rate / 1e9:.0f} GFLOP/s (median; {min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f})\n"
           f"{'':14}images/s   x ours   GFLOP/image   share of the matrix product   peak GiB")
@@ -210,6 +248,7 @@ def device_name(device):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["train", "data", "features"])
+    parser.add_argument("--method", default="mae", choices=list(CONTESTANTS))
     parser.add_argument("--model", default="base", choices=list(mae.SIZES))
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=6)
@@ -218,6 +257,6 @@ if __name__ == "__main__":
     parser.add_argument("--folder", default="", help="pictures for `data` and `features`")
     parser.add_argument("--checkpoint", default="none", help="encoder for `features`")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--contestants", nargs="+", default=list(CONTESTANTS), choices=list(CONTESTANTS))
+    parser.add_argument("--contestants", nargs="+", help="of the method's; ours, transformers, ...")
     args = parser.parse_args()
     globals()[args.what](args)

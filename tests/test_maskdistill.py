@@ -270,7 +270,7 @@ def test_hidden_pixels_do_not_reach_the_student(mode):
                     p.copy_(0.15 * draw(name, *p.shape))
     images, noise = given(model)
     _, prediction, target, where = model(images, teacher, noise)
-    kept, hidden = block_masking(noise[:, :-4], model.grid, model.hidden, 4)
+    kept, hidden = model.masks(noise)
     assert torch.equal(where, hidden if mode == "dense" else kept)
     patches = mae.patchify(images, 4)
     change = lambda index: mae.unpatchify(patches.scatter_add(1, index.unsqueeze(-1).expand(-1, -1, 48), draw("d", 3, index.shape[1], 48)), 4, (8, 8))
@@ -443,10 +443,15 @@ def test_drop_path():
     x, noise = draw("x", 2, 64, 32), torch.ones(2, 2, 2)
     assert model.drop_rates == [0.0, 0.5]
     noise[0, 1] = 0.2                                    # the second block of the first picture, both branches
-    first, second = model.layers(x, None, noise)
+    first, second = model.layers(x, None, noise, top=2)
     assert torch.equal(second[0], first[0])
-    plain = model.layers(x)
-    assert torch.equal(plain[0], first)
+    assert torch.equal(model.layers(x, top=2)[0], first) and len(model.layers(x)) == 1
+    images, noise = given(model)                         # noise for the masks alone drops nothing
+    assert not torch.equal(model(images, frozen(), noise)[1], model(images, frozen(), noise[:, :model.mask_noise])[1])
+    model.drop_rates = [0.0, 0.0]
+    quiet = model(images, frozen(), noise)[1]
+    model.drop_rates = [0.0, 0.5]
+    assert torch.equal(quiet, model(images, frozen(), noise[:, :model.mask_noise])[1])
     block, bias = model.blocks[1], model.rel_pos_bias()
     y = first + 2 * block.gamma_1 * block.attn(block.norm1(first), bias)
     y = y + 2 * block.gamma_2 * block.mlp(block.norm2(y))
@@ -494,8 +499,8 @@ def test_momentum_teacher_is_the_average_of_the_student():
     for name, p in model.momentum.vit.named_parameters():
         torch.testing.assert_close(p, start[name] + 0.1 if start[name].requires_grad else start[name])
     images, where = draw("i", 2, 3, 16, 16), torch.arange(16).expand(2, -1)
-    outputs = model.momentum.vit.layers(model.momentum.vit.patch_embed(mae.patchify(images, 4)))
-    torch.testing.assert_close(model.momentum(images, where), (outputs[2] + outputs[3])[:, 1:] / 2)
+    outputs = model.momentum.vit.layers(model.momentum.vit.patch_embed(mae.patchify(images, 4)), top=2)
+    torch.testing.assert_close(model.momentum(images, where), (outputs[0] + outputs[1])[:, 1:] / 2)
 
 
 def test_compiled_equals_eager():
@@ -562,6 +567,7 @@ def test_two_processes_equal_one(photos, options):      # noqa: F811
 
 @pytest.mark.parametrize("argv, words", [
     (["--teacher=nothing.pt"], "no file nothing.pt"), (["--mask-ratio=1"], "leaves nothing to see"),
+    (["--min-block=7"], "more than the 6 hidden"), (["--teacher=hog", "--teacher-feature=raw"], "no choice of --teacher-feature"),
     (["--beta=0"], "more than 0"), (["--drop-path=1"], "less than 1"), (["--teacher=hog", "--patch-size=1"], "even patch_size"),
     (["--data=flat", "--teacher=self"], "class folders, or another --teacher"), (["--teacher=flat/0.png"], "no file of weights"),
     (["--masking=blocks"], "invalid choice"), (["--teacher-feature=proj", "--teacher=vit.pth"], "no projection")])

@@ -218,9 +218,9 @@ def load_encoder(cfg: Config):
     elif "patch_embed.proj.weight" in state and any(map(table_grid, state.items())):
         patch_size, side = state["patch_embed.proj.weight"].shape[-1], max(map(table_grid, state.items()))
         settings = script.PRESETS["imagenet"] | dict(patch_size=patch_size, image_size=patch_size * round(side))
-        if method == "maskdistill":                      # what its parameters tell about its kind
+        if method in ("maskdistill", "dtm"):             # what its parameters tell about its kind
             settings |= dict(student="sparse" if "pos_embed" in state else "dense",
-                             layer_scale=float("blocks.0.gamma_1" in state), min_block=1)
+                             layer_scale=float("blocks.0.gamma_1" in state))
     elif state:
         raise common.UserError(f"{cfg.checkpoint} holds no Vision Transformer in timm's names, but {sorted(state)[:3]}")
     else:

@@ -25,8 +25,8 @@ The parts of equation 1 are settings. Nearly these methods:
     data2vec              --teacher momentum --beta 2 --mask-ratio 0.6
     feature distillation  --teacher clip --mask-ratio 0 --beta 2      (none hidden: all patches are scored)
 
-    python maskdistill.py                             # drawn shapes, no download, 100 s on 2 slow CPU cores:
-        k-NN accuracy, 8 classes, 2000 test pictures: pixels 28.2 %, trained @@ %, untrained @@ %, teacher @@ %
+    python maskdistill.py                             # drawn shapes, no download, 2 min on 2 slow CPU cores:
+        k-NN accuracy, 8 classes, 2000 test pictures: pixels 28.2 %, trained 55.1 %, untrained 18.4 %, teacher 93.7 %
     python maskdistill.py --data FOLDER --teacher ViT-B-16.pt       # --model small unless told
     torchrun --nproc_per_node=8 maskdistill.py --data imagenet --data-root /where/imagenet/is
     torchrun --nproc_per_node=8 maskdistill.py --data imagenet --preset imagenet-large      # or imagenet-huge
@@ -89,7 +89,7 @@ class Config:
     color_jitter: float = 0.0     # strength of random brightness, contrast, saturation
     batch_size: int = 64          # pictures in a step, all processes and passes together
     accumulate: int = 1           # passes that make up a step, to save memory
-    epochs: int = 9               # passes over the data
+    epochs: int = 8               # passes over the data
     warmup_epochs: float = 1.0    # epochs of linear warm-up from 0
     base_lr: float = 0.005        # learning rate for 256 pictures a step
     min_lr: float = 1e-5          # learning rate at the end
@@ -126,9 +126,6 @@ class Config:
         patches = (self.image_size // self.patch_size) ** 2
         if not 0 <= int(patches * self.mask_ratio) < patches:
             raise common.UserError(f"mask_ratio {self.mask_ratio} leaves nothing to see of {patches} patches")
-        if self.masking == "block" and 0 < int(patches * self.mask_ratio) < self.min_block:
-            raise common.UserError(f"min_block {self.min_block} is more than the {int(patches * self.mask_ratio)} "
-                                   "hidden patches")
         if self.teacher in ("pixels", "hog", "momentum", "random") and self.teacher_feature != "post":
             raise common.UserError(f"--teacher {self.teacher} has no choice of --teacher-feature")
         if self.teacher == "hog" and self.patch_size % 2:
@@ -596,7 +593,7 @@ def train_teacher(cfg: Config, data, device) -> Path:
     if data.train is None:
         raise common.UserError("--teacher self learns labels, and there are none: class folders, or another --teacher")
     same = ("data", "data_root", "preset", "model", "embed_dim", "depth", "num_heads", "mlp_ratio", "image_size",
-            "patch_size", "min_block", "crop_scale", "color_jitter", "batch_size", "accumulate", "seed", "workers",
+            "patch_size", "crop_scale", "color_jitter", "batch_size", "accumulate", "seed", "workers",
             "precision", "compile", "resume", "save_every", "log_every")
     cfg = Config(**{name: getattr(cfg, name) for name in same}, output=f"{cfg.output}/teacher",
                  student="sparse", layer_scale=0.0,      # so that evaluate.py builds a plain ViT for it
@@ -762,6 +759,9 @@ def train(cfg: Config) -> dict:
     """Pre-train and measure the encoder; returns the last line of metrics.jsonl."""
     device = common.start(cfg.seed)
     data = common.open_data(cfg.data, cfg.data_root, cfg.seed)
+    count = int((cfg.image_size // cfg.patch_size) ** 2 * cfg.mask_ratio)
+    if cfg.masking == "block" and 0 < count < cfg.min_block:
+        raise common.UserError(f"min_block {cfg.min_block} is more than the {count} hidden patches")
     teacher, target_dim = open_teacher(cfg, data, device)
     data.pretrain.transform = common.augment(cfg.image_size, cfg.crop_scale, cfg.color_jitter)
     model = build(cfg, target_dim).to(device)

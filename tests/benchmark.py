@@ -171,7 +171,7 @@ def train(args):
     for turn in range(args.rounds):
         rates.append(2 * n ** 3 * repeat / clock(lambda: [matrix @ matrix for _ in range(repeat)], args.device))
         for i in range(len(pipes)):                      # another one is first in each round
-            name = args.contestants[(i + turn) % len(pipes)]
+            name = list(pipes)[(i + turn) % len(pipes)]
             pipes[name].send(repeat)
             times[name].append(pipes[name].recv())
     rate = statistics.median(rates)

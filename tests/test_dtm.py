@@ -1,0 +1,352 @@
+"""dtm.py against published figures, a naive reference, its own invariants; and whole runs."""
+
+import itertools
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import common
+import dtm
+import evaluate
+import mae
+from conftest import ROOT, draw, golden
+from dtm import draw_schedule, gathered, match, morph, morph_loss
+from test_train import close, photos, same, weights     # noqa: F401, photos is a fixture
+
+FIGURES = golden("dtm")
+
+
+# -------------------------------------------------------------------------------------- published figures
+@pytest.mark.parametrize("kind, row", [(kind, row) for kind in ("protect_first_token", "no_protection") for row in FIGURES[kind]
+                                       if kind == "protect_first_token" or row["k"] == 1])
+def test_golden_figures(kind, row):
+    target, online = draw("dtm/target", 3, 49, 16), draw("dtm/online", 3, 49, 16).requires_grad_()
+    labels, n, weights = match(target, [row["r"]] * row["k"], protect_first=kind == "protect_first_token")
+    first = {}
+    assert [first.setdefault(label, len(first)) for label in labels[0].tolist()] == row["group_of_token_image0"]
+    assert n == row["groups"] and weights is None
+    loss = morph_loss(online, target, labels, n)
+    grad, = torch.autograd.grad(loss, online)
+    assert loss.item() == pytest.approx(row["loss_smooth_l1_beta2"], rel=1e-5)
+    assert grad.norm().item() == pytest.approx(row["grad_norm_online"], rel=1e-5)
+    assert morph_loss(online, target, labels, n, loss="cosine").item() == pytest.approx(row["loss_cosine"], rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------- by hand
+def naive(tokens, rounds, protect_first, average, orders):
+    """The same for one picture (N, C) with lists and loops; orders: a permutation of the slots for each round."""
+    slots, vectors, weights = [[i] for i in range(len(tokens))], list(tokens), [1.0] * len(tokens)
+    for r, order in zip(rounds, orders):
+        n = len(slots)
+        r = min(r, (n - protect_first) // 2)
+        if r == 0:
+            continue
+        if order is not None:
+            slots, vectors = [slots[i] for i in order], [vectors[i] for i in order]
+        unit = [v / v.norm().clamp(min=1e-12) for v in vectors]
+        best = {}
+        for i in range(0, n, 2):
+            values = [(unit[i] @ unit[j]).item() for j in range(1, n, 2)]
+            best[i] = (-math.inf if protect_first and i == 0 else max(values), 1 + 2 * values.index(max(values)))
+        merged = sorted(best, key=lambda i: -best[i][0])[:r]
+        joined = {j: [j] + [i for i in merged if best[i][1] == j] for j in range(1, n, 2)}
+        new = [[i] for i in range(0, n, 2) if i not in merged] + [joined[j] for j in range(1, n, 2)]
+        if average == "uniform":
+            for members in new:
+                for i in members:
+                    for token in slots[i]:
+                        weights[token] /= len(members)
+            vectors = [sum(vectors[i] for i in members) / len(members) for members in new]
+        else:
+            sizes = [sum(len(slots[i]) for i in members) for members in new]
+            vectors = [sum(vectors[i] * len(slots[i]) for i in members) / size for members, size in zip(new, sizes)]
+        slots = [sum((slots[i] for i in members), []) for members in new]
+    labels = [0] * len(tokens)
+    for g, slot in enumerate(slots):
+        for i in slot:
+            labels[i] = g
+    return labels, weights, vectors
+
+
+@pytest.mark.parametrize("protect_first, average, split", list(itertools.product([False, True], ["size", "uniform"], ["alternating", "random"])))
+def test_match_equals_the_naive_reference(protect_first, average, split):
+    for N, seed in ((16, 0), (49, 1), (50, 2)):
+        rounds = draw_schedule(N, 5, random.Random(seed))
+        tokens = draw(f"naive{seed}", 3, N, 8).double()
+        labels, n, weight = match(tokens, rounds, protect_first, average, split, torch.Generator().manual_seed(seed))
+        generator, left, orders = torch.Generator().manual_seed(seed), N, []
+        for r in rounds:
+            r = min(r, (left - protect_first) // 2)
+            orders.append(torch.randperm(left, generator=generator).tolist() if r and split == "random" else None)
+            left -= r
+        for b in range(3):
+            expected, expected_weights, vectors = naive(tokens[b].float(), rounds, protect_first, average, orders)
+            assert labels[b].tolist() == expected and n == len(vectors)
+            if average == "uniform" and weight is not None:
+                torch.testing.assert_close(weight[b], torch.tensor(expected_weights))
+                means = gathered(tokens[b:b + 1].float() * weight[b:b + 1].unsqueeze(2), labels[b:b + 1], n)[0]
+            else:
+                means = morph(tokens[b:b + 1].float(), labels[b:b + 1], n)[0][[expected.index(g) for g in range(n)]]
+            torch.testing.assert_close(means, torch.stack(vectors), atol=1e-5, rtol=1e-5)
+
+
+def some(N=49, C=6, rounds=(9, 7, 5), **options):
+    target, online = (draw(name, 3, N, C).double() for name in ("target", "online"))
+    labels, n, weights = match(target, list(rounds), **options)
+    return online.requires_grad_(), target, labels, n, weights
+
+
+@pytest.mark.parametrize("N", [49, 64, 196])
+def test_labels_are_a_partition(N):
+    for seed in range(20):
+        rounds = draw_schedule(N, 14, random.Random(seed))
+        labels, n, _ = match(draw("t", 2, N, 8), rounds)
+        assert n == N - sum(rounds) and all(torch.equal(row.unique(), torch.arange(n)) for row in labels)
+
+
+def test_no_round_is_the_token_wise_loss():
+    for rounds in ((), (0, 0)):
+        online, target, labels, n, _ = some(rounds=rounds)
+        assert torch.equal(labels, torch.arange(49).expand(3, -1)) and n == 49
+        for kind, plain in (("smooth_l1", F.smooth_l1_loss(online, target, beta=2.0)), ("l2", F.mse_loss(online, target)),
+                            ("l1", F.l1_loss(online, target)), ("cosine", 1 - F.cosine_similarity(online, target, dim=-1).mean())):
+            loss = morph_loss(online, target, labels, n, loss=kind)
+            torch.testing.assert_close(loss, plain, atol=1e-12, rtol=0)
+            grads = [torch.autograd.grad(value, online, retain_graph=True)[0] for value in (loss, plain)]
+            torch.testing.assert_close(*grads, atol=1e-12, rtol=0)
+
+
+def matrix(labels, n):
+    return F.one_hot(labels, n).transpose(1, 2).double()                        # (B, n, N)
+
+
+@pytest.mark.parametrize("kind", ["smooth_l1", "cosine"])
+def test_dense_form(kind):
+    """The released form: morph, give every token its group's mean, average over all tokens."""
+    online, target, labels, n, _ = some()
+    M = matrix(labels, n)
+    P = M.transpose(1, 2) @ (M / M.sum(dim=2, keepdim=True))                     # (B, N, N)
+    torch.testing.assert_close(P, P.transpose(1, 2), atol=1e-12, rtol=0)
+    torch.testing.assert_close(P @ P, P, atol=1e-12, rtol=0)
+    assert torch.allclose(P.diagonal(dim1=1, dim2=2).sum(dim=1), torch.tensor(float(n)).double())
+    torch.testing.assert_close(morph(target, labels, n), P @ target, atol=1e-12, rtol=0)
+    u, v = P @ online, P @ target
+    dense = F.smooth_l1_loss(u, v, beta=2.0) if kind == "smooth_l1" else 1 - F.cosine_similarity(u, v, dim=-1).mean()
+    for places in (n, None):                             # and the loss with N places, of which some are empty
+        loss = morph_loss(online, target, labels, places, loss=kind)
+        torch.testing.assert_close(loss, dense, atol=1e-12, rtol=0)
+        grads = [torch.autograd.grad(value, online, retain_graph=True)[0] for value in (loss, dense)]
+        torch.testing.assert_close(*grads, atol=1e-12, rtol=0)
+
+
+def test_one_group_is_the_mean_of_all():
+    _, target, labels, n, _ = some(16, rounds=(8, 4, 2, 1))
+    assert n == 1
+    torch.testing.assert_close(morph(target, labels, n), target.mean(dim=1, keepdim=True).expand_as(target), atol=1e-12, rtol=0)
+
+
+def test_uniform_groups_count_once_each():
+    online, target, labels, n, _ = some()
+    M = matrix(labels, n)
+    difference = (M / M.sum(dim=2, keepdim=True)) @ (online - target)
+    for places in (n, None):
+        loss = morph_loss(online, target, labels, places, group_weight="uniform", loss="l2")
+        torch.testing.assert_close(loss, difference.square().mean(), atol=1e-12, rtol=0)
+
+
+def test_uniform_average_is_the_product_of_averaging_matrices():
+    _, target, labels, n, weights = some(average="uniform")
+    before, whole = torch.arange(49).expand(3, -1), torch.eye(49).double().expand(3, -1, -1)
+    for rounds in ((9,), (9, 7), (9, 7, 5)):             # the partitions of one, two and three rounds
+        after, m, _ = match(target, list(rounds), average="uniform")
+        step = torch.zeros(3, m, int(before.max()) + 1).double()
+        for b, i in itertools.product(range(3), range(49)):
+            step[b, after[b, i], before[b, i]] = 1       # which slots a slot was made of
+        whole, before = step / step.sum(dim=2, keepdim=True) @ whole, after
+    torch.testing.assert_close(gathered(target * weights.unsqueeze(2), labels, n), whole @ target, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(gathered(weights.unsqueeze(2), labels, n), torch.ones(3, n, 1), atol=1e-6, rtol=0)
+
+
+def test_morphed_loss_is_never_above_the_token_wise_one():
+    for seed in range(30):
+        online, target = draw(f"o{seed}", 2, 49, 5), draw(f"t{seed}", 2, 49, 5)
+        labels, n, _ = match(target, draw_schedule(49, 7, random.Random(seed)))
+        everyone = torch.arange(49).expand(2, -1)
+        for kind in ("smooth_l1", "l1", "l2"):
+            assert morph_loss(online, target, labels, n, loss=kind) <= morph_loss(online, target, everyone, 49, loss=kind) + 1e-7
+
+
+def test_groups_depend_on_the_pictures_own_teacher_only():
+    online, target, labels, n, _ = some()
+    for other in (7.5 * target, torch.cat([target[:1], torch.randn_like(target[1:])])):
+        assert torch.equal(match(other, [9, 7, 5])[0][0], labels[0])
+    target.requires_grad_()
+    loss = morph_loss(online, target.detach(), labels, n)
+    assert match(target, [9])[0].requires_grad is False and torch.autograd.grad(loss, online)[0].abs().sum() > 0
+    with torch.autocast("cpu", torch.bfloat16):          # groups are found in fp32 all the same
+        assert torch.equal(match(target, [9, 7, 5])[0], labels)
+
+
+def test_members_of_a_group_have_equal_gradients():
+    for kind in ("smooth_l1", "cosine"):
+        online, target, labels, n, _ = some()
+        grad, = torch.autograd.grad(morph_loss(online, target, labels, n, loss=kind), online)
+        torch.testing.assert_close(grad, morph(grad, labels, n), atol=1e-12, rtol=0)
+
+
+class Given:
+    """Stands in for random.Random: gives the numbers that it was given."""
+
+    def __init__(self, *values):
+        self.values = list(values)
+
+    def randint(self, low, high):
+        assert low <= self.values[0] <= high
+        return self.values.pop(0)
+
+
+@pytest.mark.parametrize("N", [16, 49, 64, 196, 197, 256])
+def test_exact_schedule(N):
+    for remain, k in itertools.product(range(1, N + 1), range(1, 15)):
+        rounds, n = draw_schedule(N, 14, Given(remain, k)), N
+        for r in rounds:
+            assert 0 <= r <= n // 2
+            n -= r
+        assert n == remain and k <= len(rounds) <= max(k, math.ceil(math.log2(N)))
+
+
+def test_official_schedule():
+    left = {}
+    for merged, k in ((196, 1), (196, 14), (0, 3), (100, 7), (195, 14)):
+        rounds = draw_schedule(196, 14, Given(merged, k), "official")
+        assert len(rounds) == k and len(set(rounds)) == 1
+        left[merged, k] = match(draw("s", 1, 196, 8), rounds, protect_first=True)[1]
+    assert left[196, 1] == 99 and left[196, 14] == 8 and left[0, 3] == 196 and left[100, 7] == 196 - 7 * 15
+    mean = sum(match(torch.zeros(1, 196, 1), draw_schedule(196, 14, Given(m, k), "official"), True)[1]
+               for m in range(0, 197, 4) for k in range(1, 15)) / (50 * 14)
+    assert mean == pytest.approx(98.5, abs=1.5)
+
+
+def test_protected_first_token():
+    for seed in range(10):
+        rounds = [max(r, 1) for r in draw_schedule(49, 5, random.Random(seed))]
+        tokens = draw(f"p{seed}", 3, 49, 4)
+        tokens[:, 1] = tokens[:, 0]                      # its neighbour is all it could wish for
+        labels, n, _ = match(tokens, rounds, protect_first=True)
+        assert ((labels == labels[:, :1]).sum(dim=1) == 1).all()
+        labels, _, _ = match(tokens, rounds)
+        assert ((labels == labels[:, :1]).sum(dim=1) > 1).all()
+
+
+def test_equal_and_zero_tokens():
+    for tokens in (torch.ones(2, 49, 4), torch.zeros(2, 49, 4)):
+        rounds = draw_schedule(49, 7, random.Random(3))
+        labels, n, _ = match(tokens, rounds)
+        assert all(torch.equal(row.unique(), torch.arange(n)) for row in labels)
+        online = torch.randn(2, 49, 4)
+        loss = morph_loss(online, tokens, labels, n)
+        assert loss.isfinite() and loss <= F.smooth_l1_loss(online, tokens, beta=2.0)
+
+
+def test_compiled_loss_does_not_recompile():
+    torch._dynamo.reset()
+    compiled = torch.compile(morph_loss)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rounds in ((5,), (9, 7, 5), (20, 10)):
+            online, target, labels, n, _ = some(rounds=rounds)
+            torch.testing.assert_close(compiled(online, target, labels), morph_loss(online, target, labels, n))
+
+
+# ------------------------------------------------------------------------------------------- whole runs
+TINY = dict(data="photos", image_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, epochs=2, batch_size=10,
+            teacher="random", log_every=1, min_block=2)  # 40 photos: 4 steps an epoch, 8 in all
+
+
+def tiny(**changes):
+    return dtm.Config(**TINY | changes)
+
+
+def flags(**changes):
+    return ["--preset=shapes"] + [f"--{name.replace('_', '-')}={value}" for name, value in (TINY | changes).items()]
+
+
+def test_forward():
+    """The mean over the morphings; nothing of a hidden patch reaches the student; all patches are predicted."""
+    cfg = tiny(token_weight=0.5)
+    model, teacher = dtm.build(cfg, 16), dtm.open_teacher(cfg, None, torch.device("cpu"))[0]
+    images, noise = draw("i", 3, 3, 16, 16), draw("n", 3, model.noise_width, uniform=True)
+    schedules = [[3, 2], [5]]
+    loss, online, target = model(images, teacher, noise, schedules)
+    hidden = model.masks(noise)[1]
+    assert online.shape == target.shape == (3, 16, 16) and hidden.shape == (3, 6)
+    parts = [morph_loss(online, target, *match(target, rounds)[:2]) for rounds in schedules]
+    token = F.smooth_l1_loss(mae.take(online, hidden), mae.take(target, hidden), beta=2.0)
+    torch.testing.assert_close(loss, sum(parts) / 2 + 0.5 * token)
+    patches = mae.patchify(images, 4)
+    other = mae.unpatchify(patches.scatter(1, hidden.unsqueeze(-1).expand(-1, -1, 48), 1.0), 4, (4, 4))
+    assert torch.equal(model(other, teacher, noise, schedules)[1], online)
+    loss.backward()
+    assert all(p.grad.any() for p in model.parameters() if p.requires_grad) and not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_accumulation_is_one_large_batch(photos):       # noqa: F811
+    for accumulate in (1, 5):
+        dtm.train(tiny(output=f"a{accumulate}", accumulate=accumulate, max_steps=4))
+    close(weights("a1"), weights("a5"))
+
+
+def test_run_shows_what_it_should(photos):               # noqa: F811
+    metrics = dtm.train(tiny(output="run", teacher="self", teacher_epochs=1))
+    lines = [json.loads(line) for line in open("run/metrics.jsonl")]
+    scores = [line for line in lines if "groups" in line]
+    assert len(scores) == 2 and metrics["step"] == 8 and Path("run/similarity.png").stat().st_size > 1000
+    for line in scores:
+        assert line["morphed_loss"] <= line["token_loss"] and 1 <= line["groups"] <= 16
+        assert line["neighbour_cosine"] < line["neighbour_cosine_morphed"] <= 1
+    knn = evaluate.main(["knn", "--checkpoint=run/checkpoint.pt", "--data=photos", "--workers=0"])
+    assert knn
+
+
+@pytest.mark.parametrize("changes", [dict(split="random", drop_path=0.3), dict(preset="official", schedule="official", protect_first=True)])
+def test_resumed_run_equals_an_undisturbed_one(photos, changes):        # noqa: F811
+    dtm.train(tiny(output="whole", **changes))
+    for steps in (3, 6, 0):
+        dtm.train(tiny(output="parts", max_steps=steps, **changes))
+    assert same(weights("whole"), weights("parts"))
+
+
+def test_two_processes_equal_one(photos):                # noqa: F811
+    options = ["--split=random", "--token-weight=0.5"]
+    dtm.main([*flags(max_steps=5, output="one"), *options])
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "dtm.py"),
+                           *flags(max_steps=5, output="two", accumulate=5), *options],
+                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    close(weights("one"), weights("two"))
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--morphs=-1"], "at least 0"), (["--most-rounds=0"], "at least 1"), (["--group-weight=x"], "invalid choice"),
+    (["--teacher=nothing.pt"], "no file nothing.pt")])
+def test_a_users_mistake_is_one_line(in_tmp, capfd, argv, words):
+    with pytest.raises(SystemExit) as stop:
+        dtm.main(argv)
+    error = capfd.readouterr().err.strip()
+    assert stop.value.code == 2 and words in error and error.startswith("error: ") and "\n" not in error
+
+
+def test_official_preset_names_its_mistakes():
+    cfg = common.parse(dtm.Config, dtm.PRESETS, ["--data=imagenet", "--preset=official"])
+    assert (cfg.schedule, cfg.protect_first, cfg.split, cfg.average, cfg.loss, cfg.beta, cfg.morphs, cfg.most_rounds) == \
+        ("official", True, "alternating", "size", "smooth_l1", 2.0, 2, 14)
+    assert (cfg.teacher, cfg.teacher_feature, cfg.teacher_norm, cfg.normalize, int(cfg.mask_ratio * 196)) == ("clip", "proj", "student", "none", 75)
+    paper = common.parse(dtm.Config, dtm.PRESETS, ["--data=imagenet"])
+    assert (paper.schedule, paper.protect_first, paper.teacher_norm) == ("exact", False, "own")

@@ -942,6 +942,7 @@ def train(cfg: Config) -> dict:
     sample = common.sample(data.test or data.pretrain, cfg.image_size, 64, device)
     sample_noise = torch.rand(64, model.mask_noise, generator=torch.Generator().manual_seed(0)).to(device)
     sample_schedules = schedules(cfg, model.scored, 0, 16)
+    halving = min(sample_schedules, key=lambda rounds: abs(2 * sum(rounds) - model.scored))
     score = lambda: measure(model, teacher, sample, sample_noise, sample_schedules)
     order = common.Batches(cfg, len(data.pretrain), run.first, run.last)
     batches = iter(common.loader(data.pretrain, order, cfg.workers))
@@ -966,7 +967,7 @@ def train(cfg: Config) -> dict:
         if cfg.teacher == "momentum":
             follow(model, cfg.momentum)
         if run.end_step(step, step_loss, lr, score) and common.rank() == 0:
-            picture(model, teacher, sample[:8], sample_noise[:8], sample_schedules[-1], run.folder / "similarity.png")
+            picture(model, teacher, sample[:8], sample_noise[:8], halving, run.folder / "similarity.png")
 
     encoder = {name: value for name, value in model.state_dict().items()
                if not name.startswith(model.thrown_away)}

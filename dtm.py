@@ -4,8 +4,8 @@ As in maskdistill.py a student, for which patches are masked, predicts a frozen 
 teacher's features of neighbouring patches disagree; so similar tokens are grouped, and the groups' means
 are compared. How many groups, and by how many rounds of matching, is drawn anew for every step.
 
-    loss = mean over L morphings, all tokens and channels of l((P S(masked))_i - (P T(whole))_i),
-           P the matrix that gives each token its group's mean; l: smooth-L1
+    loss = mean over L morphings, all tokens and channels of l((G H(S(masked)))_i - (G T(whole))_i),
+           G the matrix that gives each token its group's mean; l: smooth-L1
 
     images (B, 3, H, W)
       | patchify                                           | teacher, whole picture
@@ -16,7 +16,7 @@ are compared. How many groups, and by how many rounds of matching, is drawn anew
       | norm, distill_head                                 |
     online (B, N, E) ------------------------------------ loss of the groups' means
 
-B batch, N patches, K kept, D width, E the teacher's width, P patch side, n groups, C channels of a token.
+B batch, N patches, K kept, D width, E the teacher's width, P patch side, n groups.
 Against maskdistill.py: all tokens are scored, not only the hidden; `draw_schedule`, `match` and `morph_loss`.
 Nothing is added to the network, and nothing is learned by the matching.
 
@@ -25,14 +25,17 @@ Nothing is added to the network, and nothing is learned by the matching.
     torchrun --nproc_per_node=8 dtm.py --data imagenet --data-root /where/imagenet/is
     torchrun --nproc_per_node=8 dtm.py --data imagenet --preset official
 
-The means of groups differ by less than the tokens do, by construction: the morphed loss is never above the
-token-wise loss of the same output (Jensen), so that a lower pre-training loss proves nothing. Both are logged.
+With means and groups weighted by size, and any loss but cosine, the morphed loss is never above the token-wise
+loss of the same output (Jensen), by construction: a lower pre-training loss proves nothing. Both are logged.
 
-Where the paper's text that we had is silent we follow the released code, but for its mistakes: it draws how
-many tokens are merged, not how many groups remain; it never merges the first patch, which it takes for the
-class token; it finds groups in half precision, partly by rounding; it feeds CLIP with the student's
-normalisation. `--preset official` does these things, too, except for half precision (and its accumulation
-of gradients, which forgets all passes but the last, and a third morphing, which fails).
+Algorithm 1 of the paper splits tokens at random, averages means of means, and takes the best pairs of all; the
+released code, which is the default here, alternates, averages tokens, and takes each token's best partner (--split
+and --average have the former; the threshold over all pairs is not here). Some of what the released code does looks
+like mistakes, and only `--preset official` does it: to draw how many tokens are merged, not how many groups remain;
+never to merge the first patch, taken for the class token; to feed CLIP with the student's normalisation. Not even
+that preset: half precision, which forms other groups by rounding; draws of each process's own; gradients
+accumulated by forgetting all passes but the last; the learning rate by the square root of the batch; 1e-6 in the
+means.
 """
 
 import argparse
@@ -64,12 +67,12 @@ class Config:
     preset: str = ""              # settings to start from; empty: those of --data, "folder" for a folder
     output: str = ""              # folder of the run; empty: runs/dtm-DATA
     teacher: str = "self"         # clip, clip-large, dino, self, hog, pixels, momentum, random, or a file of weights
-    teacher_feature: Literal["post", "raw", "proj"] = "post"  # after or before its last norm, or CLIP's projection
+    teacher_feature: Literal["", "post", "raw", "proj"] = ""  # after, before its last norm; CLIP's projection; empty: proj or post
     teacher_norm: Literal["own", "student"] = "own"  # pixels normalised as the teacher learned, or as released
     teacher_epochs: int = 6       # self: passes over the labelled pictures, before the student begins
     teacher_lr: float = 0.016     # self: learning rate for 256 pictures a step
     trust: bool = False           # run the code in a TorchScript file given as --teacher (released CLIP: always)
-    normalize: Literal["ln", "l2", "none"] = "none"  # the target: each token to mean 0, variance 1, or to length sqrt(E)
+    normalize: Literal["ln", "l2", "none"] = "none"  # the target's tokens, before matching: to variance 1, or length sqrt(E)
     loss: Literal["smooth_l1", "l2", "l1", "cosine"] = "smooth_l1"  # between the means of groups
     beta: float = 2.0             # smooth_l1: quadratic below, linear above
     morphs: int = 2               # morphings L in a step, each of its own groups; 0: compare token by token
@@ -115,11 +118,13 @@ class Config:
     knn_pictures: int = 500       # training pictures that vote in the final k-NN; 0: all
 
     def __post_init__(self):
+        self.teacher_feature = self.teacher_feature or ("proj" if self.teacher.startswith("clip") else "post")
         self.output = self.output or f"runs/dtm-{Path(self.data).resolve().name}"
         for name, size in zip(("embed_dim", "depth", "num_heads"), SIZES[self.model]):
             setattr(self, name, getattr(self, name) or size)
         for name, least in dict(patch_size=1, batch_size=1, accumulate=1, epochs=1, teacher_epochs=1, log_every=1,
-                                min_block=1, morphs=0, most_rounds=1, token_weight=0, seed=0, workers=0, max_steps=0, save_every=0, knn_pictures=0).items():
+                                min_block=1, morphs=0, most_rounds=1, token_weight=0, seed=0, workers=0, max_steps=0,
+                                save_every=0, knn_pictures=0).items():
             if getattr(self, name) < least:
                 raise common.UserError(f"{name} is {getattr(self, name)}, at least {least} is needed")
         for part, whole in (("patch_size", "image_size"), ("num_heads", "embed_dim")):
@@ -137,6 +142,8 @@ class Config:
             raise common.UserError(f"mask_ratio {self.mask_ratio} leaves nothing to see of {patches} patches")
         if self.teacher in ("pixels", "hog", "momentum", "random") and self.teacher_feature != "post":
             raise common.UserError(f"--teacher {self.teacher} has no choice of --teacher-feature")
+        if self.protect_first and self.student == "sparse":
+            raise common.UserError("protect_first is about the first patch, which a sparse student may not see")
         if self.teacher == "hog" and self.patch_size % 2:
             raise common.UserError(f"hog needs an even patch_size, not {self.patch_size}: 2 x 2 cells a patch")
 
@@ -144,12 +151,12 @@ class Config:
 SIZES = {"micro": (64, 2, 4), "tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12),
          "large": (1024, 24, 16), "huge": (1280, 32, 16)}        # width, depth, heads; micro is ours
 
-# the released code's defaults, where it has some; learning rate, batch and warm-up: BEiT v2's for 300 epochs
-PAPER = dict(teacher="clip", teacher_feature="proj", normalize="none", loss="smooth_l1", beta=2.0, morphs=2, most_rounds=14,
+# the released code's; batch, warm-up, crop and drop path, which it leaves open or gives as 5 epochs and 0.08: BEiT v2's
+PAPER = dict(teacher="clip", normalize="none", loss="smooth_l1", beta=2.0, morphs=2, most_rounds=14,
              masking="block", mask_ratio=0.383, min_block=16, layer_scale=0.1, drop_path=0.0, image_size=224, patch_size=16,
              crop_scale=0.2, color_jitter=0.4, batch_size=2048, epochs=300, warmup_epochs=10, base_lr=1.5e-3 / 8,
              min_lr=1e-5, weight_decay=0.05, clip_grad=3.0, workers=12, knn_pictures=20000)
-SMALL = PAPER | dict(teacher="self", teacher_feature="post", most_rounds=8, teacher_epochs=100, teacher_lr=1e-3, model="tiny", min_block=4,
+SMALL = PAPER | dict(teacher="self", most_rounds=8, teacher_epochs=100, teacher_lr=1e-3, model="tiny", min_block=4,
                      batch_size=1024, workers=8)                                             # ours
 PRESETS = {
     "shapes": {},                                                         # the defaults above; ours
@@ -424,23 +431,26 @@ def draw_schedule(tokens: int, most_rounds: int, rng, kind: str = "exact") -> li
 
 @torch.no_grad()
 def match(tokens, rounds: list[int], protect_first=False, average="size", split="alternating", generator=None):
-    """Group similar tokens (B, N, C) by rounds of bipartite matching (ToMe; paper, algorithm 1).
+    """Group similar tokens (B, N, C) by rounds of bipartite matching, as ToMe does.
 
     In a round every token of one half names the most similar of the other half, and the r pairs most
-    alike merge. A merged token is the mean of all that it is made of (average "size"), or of the
-    tokens merged in that round ("uniform", the paper's product of averaging matrices).
+    alike merge (r: at most all of the half). A merged token is the mean of all that it is made of
+    (average "size"), or of the tokens merged in that round ("uniform": the paper's product of
+    averaging matrices).
     Returns labels (B, N), the number of each token's group; how many groups n there are; and the
     tokens' weights in their group's mean (B, N), None where they are equal. Always in fp32: half
     precision forms other groups."""
     B, N, C = tokens.shape
-    labels, n, weights = torch.arange(N, device=tokens.device).expand(B, N), N, None
-    x = tokens.float()                                   # sums of the groups' tokens: cosine has no scale
+    labels, n = torch.arange(N, device=tokens.device).repeat(B, 1), N
+    x = tokens if tokens.dtype == torch.float64 else tokens.float()             # sums: a cosine has no scale
+    weights = torch.ones(B, N, device=x.device, dtype=x.dtype) if average == "uniform" else None
     for r in rounds:
         r = min(r, (n - protect_first) // 2)
         if r == 0:
             continue
         if split == "random":
-            order = torch.randperm(n, generator=generator).to(x.device)
+            order = torch.randperm(n - protect_first, generator=generator, device=tokens.device) + protect_first
+            order = torch.cat([order.new_zeros(int(protect_first)), order])     # the first stays the first
             x, labels = x[:, order], order.argsort()[labels]
         with torch.autocast(x.device.type, enabled=False):
             unit = F.normalize(x, dim=-1)
@@ -454,10 +464,10 @@ def match(tokens, rounds: list[int], protect_first=False, average="size", split=
         place[:, ::2] = torch.where(merged, a - r + partner, (~merged).cumsum(dim=1) - 1)    # first the unmerged
         place[:, 1::2] = torch.arange(a - r, n - r, device=x.device)             # of one half, then the other half
         labels, n = place.gather(1, labels), n - r
-        x, size = gathered(x, place, n), gathered(torch.ones_like(x[..., :1]), place, n)     # (B, n, ...)
+        x = gathered(x, place, n)                                               # (B, n, C)
         if average == "uniform":
-            x = x / size
-            weights = (1 if weights is None else weights) / size.squeeze(2).gather(1, labels)
+            size = gathered(torch.ones_like(place, dtype=x.dtype).unsqueeze(2), place, n)
+            x, weights = x / size, weights / size.squeeze(2).gather(1, labels)
     return labels, n, weights
 
 
@@ -468,10 +478,11 @@ def gathered(x, place, n: int):
     return x.new_zeros(B * n, C).index_add_(0, rows.flatten(), x.reshape(B * N, C)).view(B, n, C)
 
 
-def morph(x, labels, n: int):
-    """Give each token of (B, N, C) the mean of its group, all tokens of a group alike."""
-    size = gathered(torch.ones_like(x[..., :1]), labels, n)
-    return take(gathered(x, labels, n) / size, labels)
+def morph(x, labels, n: int, weights=None):
+    """Give each token of (B, N, C) the mean of its group; labels and weights from `match`."""
+    if weights is None:
+        weights = take(1 / gathered(torch.ones_like(x[..., :1]), labels, n), labels).squeeze(2)
+    return take(gathered(x * weights.unsqueeze(2), labels, n), labels)
 
 
 def morph_loss(online, target, labels, n=None, weights=None, loss="smooth_l1", beta=2.0, group_weight="size"):
@@ -774,7 +785,8 @@ class DTM(VisionTransformer):
         self.dense, self.masking, self.min_block = student == "dense", masking, min_block
         self.normalize, self.token_weight = normalize, token_weight
         self.matching = dict(protect_first=protect_first, average=average, split=split)
-        self.scoring, self.compare = dict(loss=loss, beta=beta, group_weight=group_weight), morph_loss
+        self.scoring = dict(loss=loss, beta=beta, group_weight=group_weight)
+        self.predict, self.compare = self.features, morph_loss                  # what `train` may compile
         patches = self.grid[0] * self.grid[1]
         self.count = int(patches * mask_ratio)                                  # how many are hidden
         self.scored = patches if self.dense else patches - self.count           # S, how many are compared
@@ -789,9 +801,10 @@ class DTM(VisionTransformer):
         return MASKING[self.masking](noise[:, :self.mask_noise], self.grid, self.count, self.min_block)
 
     def features(self, images, teacher, noise):
-        """Prediction and target (B, S, E), fp32: of all patches in order, or of the kept by a sparse student."""
+        """Prediction and target (B, S, E), fp32: of all patches in order, or of the kept by a sparse student;
+        and which patches are hidden (B, N - K)."""
         patches = patchify(images, self.patch_size)                             # (B, N, P*P*3)
-        kept, _ = self.masks(noise)
+        kept, hidden = self.masks(noise)
         drops = noise[:, self.mask_noise:].unflatten(1, (-1, 2)) if noise.shape[1] > self.mask_noise else None
         visible = self.patch_embed(take(patches, kept))                         # (B, K, D)
         if self.dense:
@@ -803,25 +816,25 @@ class DTM(VisionTransformer):
             scored, tokens = kept, self.layers(visible, kept, drops)[-1][:, 1:]
         online = self.distill_head(self.norm(tokens)).float()                   # (B, S, E)
         with torch.no_grad():
-            return online, NORMALIZE[self.normalize](teacher(images, scored).float())
+            return online, NORMALIZE[self.normalize](teacher(images, scored).float()), hidden
 
-    def forward(self, images, teacher, noise=None, schedules=((),), generator=None):
+    def forward(self, images, teacher, noise=None, drawn=((),), generator=None):
         """images (B, 3, H, W), normalised; teacher: (images, patch numbers (B, S)) -> features (B, S, E);
         noise (B, noise_width) in [0, 1) decides masks and drops; (B, mask_noise): nothing is dropped;
-        schedules: for each morphing, how many tokens each round merges; generator: for random splits.
+        drawn: for each morphing its schedule, how many tokens each round merges; generator: for random splits.
 
         Returns the loss, the prediction and the target (B, S, E)."""
         if noise is None:
             noise = torch.rand(len(images), self.noise_width, device=images.device)
-        online, target = self.features(images, teacher, noise)
+        online, target, hidden = self.predict(images, teacher, noise)
         loss = 0.0
-        for rounds in schedules:
+        for rounds in drawn:
             labels, _, weights = match(target, rounds, **self.matching, generator=generator)
-            loss = loss + self.compare(online, target, labels, None, weights, **self.scoring) / len(schedules)
+            loss = loss + self.compare(online, target, labels, None, weights, **self.scoring) / len(drawn)
         if self.token_weight:
             pair = (online, target)
-            if self.dense:                               # as maskdistill.py: of the hidden only
-                pair = (take(x, self.masks(noise)[1]) for x in pair)
+            if self.dense and self.count:                # as maskdistill.py: of the hidden only
+                pair = (take(x, hidden) for x in pair)
             loss = loss + self.token_weight * token_loss(*pair, **self.scoring)
         return loss, online, target
 
@@ -871,8 +884,8 @@ def flat(colours, patch_size: int):
 def picture(model: DTM, teacher, images, noise, rounds, path):
     """Write images (B, 3, H, W), normalised, what the student sees of them, how well it does, and the
     groups that one schedule makes, each in a colour; single tokens stay as they are."""
-    _, online, target = model.forward(images, teacher, noise)                   # never compiled: it runs seldom
-    labels, n, _ = match(target, rounds, **model.matching)
+    online, target, _ = model.features(images, teacher, noise)                  # never compiled: it runs seldom
+    labels, n, _ = match(target, rounds, **model.matching, generator=torch.Generator(images.device).manual_seed(0))
     cosine = F.cosine_similarity(online, target, dim=-1).clamp(0, 1).unsqueeze(-1)             # (B, S, 1)
     patches, (kept, hidden) = patchify(images, model.patch_size), model.masks(noise)
     rows = lambda index: index.unsqueeze(-1).expand(-1, -1, patches.shape[-1])
@@ -891,19 +904,23 @@ def picture(model: DTM, teacher, images, noise, rounds, path):
 
 
 @torch.no_grad()
-def measure(model: DTM, teacher, images, noise, schedules) -> dict:
+def measure(model: DTM, teacher, images, noise, drawn) -> dict:
     """What morphing does to the tokens of images: both losses of the same output, how many groups remain,
     and the cosine of the teacher's tokens side by side, before and after (of all patches)."""
-    online, target = model.features(images, teacher, noise)
+    online, target, _ = model.features(images, teacher, noise)
     result = dict(morphed_loss=0.0, token_loss=token_loss(online, target, **model.scoring).item(), groups=0.0)
-    everything = torch.arange(model.grid[0] * model.grid[1], device=images.device).expand(len(images), -1)
-    tokens, after = NORMALIZE[model.normalize](teacher(images, everything).float()), 0.0
-    for rounds in schedules:
-        labels, n, weights = match(target, rounds, **model.matching)
-        result["morphed_loss"] += morph_loss(online, target, labels, n, weights, **model.scoring).item() / len(schedules)
-        result["groups"] += n / len(schedules)
-        labels, n, _ = match(tokens, rounds, **model.matching)
-        after += neighbour_cosine(morph(tokens, labels, n), model.grid) / len(schedules)
+    tokens, after = target, 0.0
+    if not model.dense:
+        everything = torch.arange(model.grid[0] * model.grid[1], device=images.device).expand(len(images), -1)
+        tokens = NORMALIZE[model.normalize](teacher(images, everything).float())
+    generator = torch.Generator(images.device).manual_seed(0)
+    for rounds in drawn:
+        labels, n, weights = match(target, rounds, **model.matching, generator=generator)
+        result["morphed_loss"] += morph_loss(online, target, labels, n, weights, **model.scoring).item() / len(drawn)
+        result["groups"] += n / len(drawn)
+        if not model.dense:
+            labels, n, weights = match(tokens, rounds, **model.matching, generator=generator)
+        after += neighbour_cosine(morph(tokens, labels, n, weights), model.grid) / len(drawn)
     return result | dict(neighbour_cosine=neighbour_cosine(tokens, model.grid), neighbour_cosine_morphed=after)
 
 
@@ -936,7 +953,7 @@ def train(cfg: Config) -> dict:
     common.say(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters, "
                f"{model.count} of {patches} patches hidden, targets of width {target_dim}")
     if cfg.compile:                                      # not `match`: its shapes differ from step to step
-        model.features, model.compare = torch.compile(model.features), torch.compile(morph_loss)
+        model.predict, model.compare = torch.compile(model.features), torch.compile(morph_loss)
     network = DistributedDataParallel(model, broadcast_buffers=False) if common.world() > 1 else model
     amp = common.autocast(device, cfg.precision)
     sample = common.sample(data.test or data.pretrain, cfg.image_size, 64, device)
@@ -954,7 +971,7 @@ def train(cfg: Config) -> dict:
         step_loss, drawn = 0.0, schedules(cfg, model.scored, step, cfg.morphs)
         for part, noise in enumerate(common.uniform(cfg, step, model.noise_width, device)):
             images = common.to_device(next(batches)[0], device)
-            split = torch.Generator().manual_seed(common.mix(cfg.seed, step))
+            split = torch.Generator(device).manual_seed(common.mix(cfg.seed, step, cfg.morphs))
             waits = common.world() > 1 and part < cfg.accumulate - 1    # gradients travel once a step
             with network.no_sync() if waits else contextlib.nullcontext():
                 with amp:

@@ -22,6 +22,7 @@ Nothing is added to the network, and nothing is learned by the matching.
 
     python dtm.py                                     # drawn shapes, no download, 2 min on 2 slow CPU cores:
         k-NN accuracy, 8 classes, 2000 test pictures: pixels 28.2 %, trained 71.7 %, untrained 18.4 %, teacher 93.7 %
+        (seed 1: 69.6 %; token by token, --morphs 0: 74.8 and 75.1 %: morphing gains nothing on data so small)
     torchrun --nproc_per_node=8 dtm.py --data imagenet --data-root /where/imagenet/is
     torchrun --nproc_per_node=8 dtm.py --data imagenet --preset official
 

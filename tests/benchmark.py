@@ -1,7 +1,7 @@
 """How fast is it? Run by hand: `python tests/benchmark.py train`, `... data` or `... features`.
 
 train   one optimiser step of MAE (ViT-B/16, 224 pixels, 75 % hidden, decoder 8 x 512), or with --method
-        maskdistill of a ViT-B/16 student and a teacher like CLIP's ViT-B/16, ours and the peers', each in
+        maskdistill or dtm of a ViT-B/16 student and a teacher like CLIP's ViT-B/16, ours and the peers', each in
         a process of its own, taking turns on the same pictures; fused AdamW for all. Printed: images/s,
         the ratio to ours (median over the rounds), FLOP/s counted for each as a share of what a large
         matrix product reaches in the same rounds, and peak memory. Ours begins as its scripts do, with
@@ -15,6 +15,8 @@ Peers, none needed by the project itself: pip install transformers timm vit-pyto
 """
 
 import argparse
+import functools
+import itertools
 import multiprocessing
 import resource
 import statistics
@@ -31,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
+import dtm
 import evaluate
 import mae
 import maskdistill
@@ -105,8 +108,20 @@ def transformers_student(size):
     return model, lambda model, images: model(images)
 
 
+def our_morphing(size, morphs=2):
+    """DTM with that teacher, a new schedule for each step; morphs 0: token by token."""
+    width, depth, heads = mae.SIZES[size]
+    teacher = dtm.Teacher(dtm.VisionTransformer(
+        224, 16, width, depth, heads, pre_norm=True, act=dtm.quick_gelu, eps=1e-5), dtm.CLIP_MEAN, dtm.CLIP_STD)
+    cfg, steps = dtm.Config(morphs=morphs, most_rounds=14), itertools.count()
+    model = dtm.DTM(224, 16, width, depth, heads, width)
+    model.add_module("a teacher of its own", teacher)
+    return model, lambda model, images: model(images, teacher, drawn=dtm.schedules(cfg, 196, next(steps), morphs))[0]
+
+
 CONTESTANTS = {"mae": {"ours": ours, "timm blocks": timm_blocks, "transformers": transformers, "vit-pytorch": vit_pytorch},
-               "maskdistill": {"ours": our_student, "transformers": transformers_student}}
+               "maskdistill": {"ours": our_student, "transformers": transformers_student},
+               "dtm": {"ours": our_morphing, "no morphing": functools.partial(our_morphing, morphs=0)}}
 
 
 class Contestant:

@@ -766,10 +766,12 @@ def open_teacher(cfg: Config, data, device):
         vit = VisionTransformer(cfg.image_size, P, cfg.embed_dim, cfg.depth, cfg.num_heads, cfg.mlp_ratio)
         vit.init_weights()
         teacher = Teacher(vit)
+        return teacher.to(device), teacher.width
+    if cfg.teacher == "self":
+        path = train_teacher(cfg, data, device)
     else:
-        path = train_teacher(cfg, data, device) if cfg.teacher == "self" else \
-            download(cfg.teacher) if cfg.teacher in RELEASED else Path(cfg.teacher)
-        teacher = load_teacher(path, grid, cfg.teacher_feature, cfg.trust)
+        path = download(cfg.teacher) if cfg.teacher in RELEASED else Path(cfg.teacher)
+    teacher = load_teacher(path, grid, cfg.teacher_feature, cfg.trust)
     return teacher.to(device), teacher.width
 
 

@@ -33,7 +33,7 @@ import importlib
 import re
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -214,13 +214,12 @@ def load_encoder(cfg: Config):
                                                    "patch_size") if getattr(cfg, name)}
     if ours:
         settings = saved["config"] | ({"embed_dim": 0, "depth": 0, "num_heads": 0} if cfg.model else {})
-        settings |= {"drop_path": 0.0} if "drop_path" in settings else {}        # ours is added below
+        settings |= {"drop_path": 0.0} if "drop_path" in settings else {}        # fine-tuning adds its own
     elif "patch_embed.proj.weight" in state and any(map(table_grid, state.items())):
         patch_size, side = state["patch_embed.proj.weight"].shape[-1], max(map(table_grid, state.items()))
         settings = script.PRESETS["imagenet"] | dict(patch_size=patch_size, image_size=patch_size * round(side))
-        if method in ("maskdistill", "dtm"):             # what its parameters tell about its kind
-            settings |= dict(student="sparse" if "pos_embed" in state else "dense",
-                             layer_scale=float("blocks.0.gamma_1" in state))
+        told = dict(student="sparse" if "pos_embed" in state else "dense", layer_scale=float("blocks.0.gamma_1" in state))
+        settings |= {name: value for name, value in told.items() if name in {f.name for f in fields(script.Config)}}
     elif state:
         raise common.UserError(f"{cfg.checkpoint} holds no Vision Transformer in timm's names, but {sorted(state)[:3]}")
     else:
@@ -267,7 +266,9 @@ def table_grid(item) -> float:
 
 def own_tables(encoder):
     """BEiT's way to fine-tune: the one table of relative positions becomes a table for each block."""
-    for block in encoder.blocks if getattr(encoder, "rel_pos_bias", None) is not None else ():
+    if getattr(encoder, "rel_pos_bias", None) is None:
+        return
+    for block in encoder.blocks:
         block.rel_pos_bias = copy.deepcopy(encoder.rel_pos_bias)
         block.register_forward_pre_hook(lambda block, args: (args[0], block.rel_pos_bias(), *args[2:]))
     encoder.rel_pos_bias = None

@@ -12,7 +12,7 @@ SHARED = {                                               # text that no method c
     "patchify", "unpatchify", "take", "sincos_positions", "resize_positions", "PatchEmbed", "main"}
 DISTILLED = {"RelativePositions", "relative_rows", "relative_index", "Attention", "quick_gelu", "Mlp", "Block", "scaled",
              "VisionTransformer", "block_masking", "random_masking", "hog", "Teacher", "download", "read_weights",
-             "clip_to_timm", "load_teacher", "resize_relative", "Classifier", "train_teacher", "open_teacher"}
+             "clip_to_timm", "load_teacher", "resize_relative", "Classifier", "train_teacher", "open_teacher", "flat"}
 
 
 def parts(name):

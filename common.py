@@ -344,9 +344,12 @@ class Batches(Sampler):
 
 
 def loader(pictures: Pictures, batches, workers: int) -> DataLoader:
-    """Batches (pictures uint8 (B, 3, H, W), labels (B), indices (B)) from lists of (epoch, index)."""
+    """Batches (pictures uint8 (B, 3, H, W), labels (B), indices (B)) from lists of (epoch, index).
+
+    batches: None for an IterableDataset whose items are batches."""
     workers = min(workers, max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    return DataLoader(pictures, batch_sampler=batches, num_workers=workers,
+    how = {"batch_size": None} if batches is None else {"batch_sampler": batches}       # None: they come in batches
+    return DataLoader(pictures, **how, num_workers=workers,
                       pin_memory=torch.cuda.is_available(), worker_init_fn=leave_ctrl_c_to_the_parent,
                       prefetch_factor=4 if workers else None)
 
@@ -698,14 +701,15 @@ class Run:
     def write(self, **values):
         write_metrics(self.folder, **values)
 
-    def finish(self, encoder: dict, encoders: dict, data: Data) -> dict:
+    def finish(self, encoder: dict, encoders: dict, data: Data, scores: dict | None = None) -> dict:
         """Write encoder.pt ({timm's name: tensor}) and the last line of metrics.jsonl, and return it.
 
-        encoders: {name: images -> features (B, D)}, to be compared by k-NN where there are labels."""
-        broken = data.pretrain.broken.to(self.device, torch.uint8)
+        encoders: {name: images -> features (B, D)}, to be compared by k-NN where there are labels;
+        scores: {name: figure}, what else belongs in that line."""
+        broken = data.pretrain.broken.to(self.device, torch.int32)
         if world() > 1:
             dist.all_reduce(broken, dist.ReduceOp.MAX)   # each process met its own
-        result = {"step": max(self.first, self.last), "loss": self.loss, "unreadable": int(broken.sum())}
+        result = {"step": max(self.first, self.last), "loss": self.loss, "unreadable": int(broken.sum())} | (scores or {})
         if data.test is not None:
             result |= {f"knn_{name}": knn_score(encode, data, self.cfg, self.device)
                        for name, encode in encoders.items()}

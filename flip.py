@@ -1,0 +1,1398 @@
+"""Scaling Language-Image Pre-training via Masking (Li et al., arXiv 2212.00794): FLIP.
+
+CLIP, but half of each picture's patches are left out, and nothing is put in their place. An image tower and a text
+tower learn to give a picture and its caption the same direction, and all other pairs of the batch other ones. Half the
+patches cost half as much, so that in the same time more pairs, in larger batches, are seen.
+
+    loss = 1/2 mean over the G pairs of the batch of [CE(s Z W^T, i) + CE(s W Z^T, i)],   CE: cross-entropy with class i
+           Z, W (G, E): the features of pictures and captions, of length 1;  s <= 100: learned
+
+    images (B, 3, H, W)                                    ids (B, T) of the captions
+      | patchify                                             | token_embedding, + pos_embed
+    patches (B, N, P*P*3)                                  x (B, T, text width)
+      | kept                                                 | text.blocks, text.norm
+      | patch_embed, + pos_embed, cls_token, blocks, norm    |
+    latent (B, 1+K, D)                                     x (B, T, text width)
+      | mean, image_proj, to length 1                        | the first one, text.proj, to length 1
+    image (B, E)                                           text (B, E)
+      +--------------------- gathered ---------------------+
+               image (G, E), text (G, E): loss
+
+B pairs of this process, G of all, N patches, K kept, D width, P patch side, T ids of a caption, E shared width.
+Against mae.py: no decoder; a text tower; pictures with captions; negatives from all processes.
+
+    python flip.py                                    # drawn shapes, no download:
+        ...
+    python flip.py --preset shapes-tune --init runs/flip-shapes/checkpoint.pt       # a little more, with whole pictures
+    python flip.py --zero-shot runs/flip-shapes/checkpoint.pt
+    python flip.py --zero-shot ViT-B-16.pt --trust --towers clip --vocab bpe_simple_vocab_16e6.txt.gz --data imagenet
+    torchrun --nproc_per_node=8 flip.py --preset laion --data 'shards/{00000..41407}.tar' --vocab vocab.txt
+
+As in the released code, and not in the paper: positions of the image tower are fixed sines and cosines, the class
+token has a part in the mean, padding is attended to, pictures are flipped. Different from it: captions begin with a
+token of their own ([CLS]), so that something general is read off (--no-text-cls: the first word piece is, as released);
+exact GELU instead of its tanh approximation, and no bias that timm's ViT has not; the scale is clamped after each step,
+not inside the loss, where its gradient would be lost; the scale is not decayed. Not said anywhere: the decoder of the
+reconstruction (--reconstruction: here MAE's, of one block) and which text token is never masked (here the first).
+"""
+
+import contextlib
+import csv
+import functools
+import glob
+import gzip
+import html
+import itertools
+import json
+import lzma
+import math
+import os
+import random
+import re
+import sys
+import tarfile
+import unicodedata
+import warnings
+import zipfile
+import zlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw                                      # comes with torchvision
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torchvision import datasets
+from torchvision.models import ResNet50_Weights
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+import common
+
+
+# ----------------------------------------------------------------------------------------- Config
+@dataclass
+class Config:
+    data: str = "shapes"          # shapes; a .csv, .tsv or .json of pairs; tar shards; a folder; cifar10, imagenet, ...
+    data_root: str = "data"       # where the named data sets are, or are downloaded to
+    image_root: str = ""          # what relative paths in a .csv, .tsv or .json start from; empty: its folder
+    test_data: str = ""           # pairs, as in --data, for retrieval at the end; empty: some of --data
+    preset: str = ""              # settings to start from; empty: those of --data, "folder" for others
+    output: str = ""              # folder of the run; empty: runs/flip-DATA, with -tuned after --init
+    init: str = ""                # weights to start from: a checkpoint of ours, CLIP's or open_clip's
+    zero_shot: str = ""           # such weights to score on --data instead of training
+    trust: bool = False           # run the code in a TorchScript file of weights (OpenAI's are such)
+    vocab: str = ""               # vocab.txt: BERT's word pieces; .gz: CLIP's byte pairs; empty: bytes
+    templates: str = ""           # file of prompts with {} for the class, one a line; empty: the paper's seven
+    classnames: str = ""          # file with a name for each class folder: lines in their order, or JSON {folder: name}
+    towers: Literal["flip", "clip", "open_clip"] = "flip"  # of the paper; of OpenAI's CLIP; the same with exact GELU
+    mask_ratio: float = 0.5       # share of the patches that is left out
+    text_mask_ratio: float = 0.0  # share of the ids that is left out
+    text_mask: Literal["padding", "random"] = "padding"  # padding is left out first, or all are alike
+    reconstruction: float = 0.0   # weight of MAE's loss besides, by a decoder of one block
+    model: Literal["micro", "tiny", "small", "base", "large", "huge"] = "micro"  # size of both towers
+    embed_dim: int = 0            # width D of the image tower; 0: the model's
+    depth: int = 0                # its blocks; 0: the model's
+    num_heads: int = 0            # its attention heads; 0: the model's
+    text_width: int = 0           # width of the text tower; 0: the model's
+    text_depth: int = 0           # its blocks; 0: the model's
+    text_heads: int = 0           # its attention heads; 0: the model's
+    proj_dim: int = 0             # width E of the features that are compared; 0: the model's
+    mlp_ratio: float = 4.0        # hidden width of an MLP / width
+    text_length: int = 0          # ids of a caption T; 0: 32 word pieces, 77 others
+    text_cls: bool = True         # captions begin with a token of their own; no: as released (towers flip)
+    vocab_size: int = 0           # different ids; 0: the vocabulary's
+    image_size: int = 32          # side of the square input in pixels
+    patch_size: int = 4           # side of a patch in pixels
+    crop_scale: float = 1.0       # smallest area of the random crop; 1: no crop
+    batch_size: int = 128         # pairs in a step, all processes and passes together
+    accumulate: int = 1           # passes that make up a step, to save memory: each pair is embedded twice
+    epochs: int = 12              # passes over the data
+    epoch_pairs: int = 0          # tar shards: pairs that are called an epoch; 0: all
+    warmup_epochs: float = 1.0    # epochs of linear warm-up from 0
+    base_lr: float = 0.004        # learning rate for 256 pairs a step
+    weight_decay: float = 0.2     # AdamW's, on matrices and tokens only
+    seed: int = 0                 # decides weights, order, crops and masks
+    workers: int = 0              # loader processes for each training process; 0: none
+    shuffle: int = 5000           # tar shards: pairs among which the next is drawn, for each loader process
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the matrix products; auto: bf16 on a GPU
+    compile: bool = False         # compile the towers: a slow first step, faster ones after it
+    resume: bool = True           # go on from the run folder's checkpoint; no: start afresh
+    max_steps: int = 0            # stop after so many steps of the schedule; 0: at its end
+    save_every: int = 0           # steps between checkpoints, besides one after each epoch; 0: none
+    log_every: int = 50           # steps between lines of metrics.jsonl
+    knn_pictures: int = 500       # training pictures that vote in the final k-NN; 0: all
+
+    def __post_init__(self):
+        name = re.sub(r"[^\w.-]+", "-", Path(self.data.split("::")[0]).resolve().name).strip("-")
+        self.output = self.output or f"runs/flip-{name}{'-tuned' * bool(self.init)}"
+        for field, size in zip(SIZE_FIELDS, SIZES[self.model]):
+            setattr(self, field, getattr(self, field) or size)
+        self.text_length = self.text_length or (32 if self.vocab.endswith(".txt") else 77)
+        self.vocab_size = self.vocab_size or open_vocabulary(self.vocab).size
+        for field, least in dict(patch_size=1, batch_size=1, accumulate=1, epochs=1, log_every=1, text_length=2, shuffle=1,
+                                 seed=0, workers=0, max_steps=0, save_every=0, knn_pictures=0, epoch_pairs=0,
+                                 reconstruction=0).items():
+            if getattr(self, field) < least:
+                raise common.UserError(f"{field} is {getattr(self, field)}, at least {least} is needed")
+        for part, whole in (("patch_size", "image_size"), ("num_heads", "embed_dim"), ("text_heads", "text_width")):
+            if getattr(self, whole) % getattr(self, part):
+                raise common.UserError(f"{part} {getattr(self, part)} does not divide {whole} {getattr(self, whole)}")
+        if self.embed_dim % 4:
+            raise common.UserError("embed_dim must be a multiple of 4")
+        patches = (self.image_size // self.patch_size) ** 2
+        if not 0 < int(patches * (1 - self.mask_ratio)) <= patches:
+            raise common.UserError(f"mask_ratio {self.mask_ratio} leaves nothing to see of {patches} patches, or is below 0")
+        if not 0 < int(self.text_length * (1 - self.text_mask_ratio)) <= self.text_length:
+            raise common.UserError(f"text_mask_ratio {self.text_mask_ratio} leaves nothing of {self.text_length} ids, or is below 0")
+        if self.towers != "flip" and (self.text_mask_ratio or not self.text_cls or self.vocab.endswith(".txt")):
+            raise common.UserError("the towers of CLIP read a caption off its end token: no --text-mask-ratio, no "
+                                   "--no-text-cls, and a vocabulary whose end token is the largest id (bytes, byte pairs)")
+        if self.reconstruction and (self.accumulate > 1 or not self.mask_ratio):
+            raise common.UserError("reconstruction needs hidden patches, and --accumulate 1")
+
+
+SIZE_FIELDS = ("embed_dim", "depth", "num_heads", "text_width", "text_depth", "text_heads", "proj_dim")
+SIZES = {"micro": (64, 4, 2, 64, 2, 2, 64), "tiny": (192, 12, 3, 192, 6, 3, 192),                    # ours
+         "small": (384, 12, 6, 384, 12, 6, 384),                                                     # open_clip's ViT-S
+         "base": (768, 12, 12, 512, 12, 8, 512), "large": (1024, 24, 16, 768, 12, 12, 768),
+         "huge": (1280, 32, 16, 1024, 24, 16, 1024)}                                                 # table 9
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+PAPER = dict(image_size=224, patch_size=16, crop_scale=0.5, mask_ratio=0.5, weight_decay=0.2,       # table 10; crop: code
+             workers=12, knn_pictures=20000)
+SMALL = PAPER | dict(model="tiny", batch_size=1024, epochs=100, warmup_epochs=5, base_lr=2.5e-4, workers=8)  # ours
+PRESETS = {
+    "shapes": dict(text_length=40),                                       # the defaults above; ours
+    "shapes-tune": dict(text_length=40, mask_ratio=0.0, epochs=1, warmup_epochs=0.2, base_lr=4e-4),        # ours
+    "cifar10": SMALL | dict(image_size=32, patch_size=4),                                    # ours
+    "cifar100": SMALL | dict(image_size=32, patch_size=4),                                   # ours
+    "stl10": SMALL | dict(image_size=96, patch_size=12),                                     # ours
+    "tiny-imagenet": SMALL | dict(image_size=64, patch_size=8),                              # ours
+    "imagenet": PAPER | dict(model="base", batch_size=4096, epochs=30, warmup_epochs=2, base_lr=6.25e-5),   # ours
+    "laion": PAPER | dict(model="base", batch_size=65536, epochs=32, warmup_epochs=0.128, base_lr=4e-6),
+    "laion-tune": PAPER | dict(model="base", mask_ratio=0.0, batch_size=65536, epochs=1, epoch_pairs=128_000_000,
+                               warmup_epochs=0.2, base_lr=4e-8),          # table 10: 51.2M pairs, 25.6M of 128M
+    "folder": PAPER | dict(model="small", batch_size=1024, epochs=30, warmup_epochs=2, base_lr=2.5e-4),     # ours
+}
+TEMPLATES = ("itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.",
+             "a {} in a video game.", "art of the {}.", "a photo of the small {}.")      # section 4.2, CLIP's best seven
+
+
+# ---------------------------------------------- Vision Transformer (the same text in every script)
+def patchify(images, patch_size: int):
+    """(B, C, H, W) -> (B, N, P*P*C): patches row by row; within one: row, column, channel."""
+    B, C, H, W = images.shape
+    x = images.reshape(B, C, H // patch_size, patch_size, W // patch_size, patch_size)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, patch_size * patch_size * C)
+
+
+def unpatchify(patches, patch_size: int, grid: tuple[int, int]):
+    """The inverse of `patchify`, on a grid of (rows, columns) patches."""
+    x = patches.reshape(len(patches), *grid, patch_size, patch_size, -1)
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)               # (B, C, H, W)
+
+
+def take(tokens, index):
+    """tokens (B, N, D), index (B, K) -> the rows that index names, (B, K, D)."""
+    return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def sincos_positions(dim: int, grid: tuple[int, int]):
+    """Fixed sine-cosine table (1, 1 + N, dim); the cls token's row 0 is zero.
+
+    The first half of the width tells the column, the second the row: [sin | cos] of the coordinate
+    times 10000^(-i / (dim/4)). (The released code names the halves the other way round.)"""
+    omega = 10000.0 ** (-np.arange(dim // 4) / (dim // 4))
+    row, column = np.indices(grid).reshape(2, -1, 1)                            # (N, 1) each
+    table = [f(t * omega) for t in (column, row) for f in (np.sin, np.cos)]      # 4 x (N, dim/4)
+    table = np.pad(np.concatenate(table, axis=1), ((1, 0), (0, 0)))
+    return torch.from_numpy(table).float().unsqueeze(0)
+
+
+class PatchEmbed(nn.Module):
+    """A convolution's parameters used as a matrix, so that hidden patches are never embedded."""
+
+    def __init__(self, patch_size, embed_dim):
+        super().__init__()
+        self.proj = nn.Conv2d(3, embed_dim, patch_size, patch_size)
+
+    def forward(self, patches):                                                 # (B, K, P*P*C)
+        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)                # (D, P*P*C)
+        return F.linear(patches, weight, self.proj.bias)                        # (B, K, D)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, num_heads, causal=False):
+        super().__init__()
+        self.num_heads, self.causal = num_heads, causal
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):                                                       # (B, T, D)
+        B, T, D = x.shape
+        qkv = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                    # (B, heads, T, d)
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)      # (B, heads, T, d)
+        return self.proj(x.transpose(1, 2).reshape(B, T, D))
+
+
+def quick_gelu(x):
+    """OpenAI CLIP's activation."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim, hidden_dim, act=F.gelu):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.act = act
+
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, dim, num_heads, mlp_ratio, act=F.gelu, eps=1e-6, causal=False):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = Attention(dim, num_heads, causal)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act)
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class VisionTransformer(nn.Module):
+    """ViT encoder whose parameters are named as in the released MAE, DINO and timm checkpoints.
+
+    image_size: side in pixels, or (height, width); CLIP's has a norm before the blocks (pre_norm),
+    learned positions, QuickGELU and eps 1e-5."""
+
+    def __init__(self, image_size, patch_size, embed_dim, depth, num_heads, mlp_ratio=4.0, pre_norm=False,
+                 learned=False, act=F.gelu, eps=1e-6):
+        super().__init__()
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.patch_size, self.grid = patch_size, (height // patch_size, width // patch_size)
+        self.patch_embed = PatchEmbed(patch_size, embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(sincos_positions(embed_dim, self.grid), requires_grad=learned)
+        self.norm_pre = nn.LayerNorm(embed_dim, eps=eps) if pre_norm else nn.Identity()
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, act, eps) for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=eps)
+
+    def init_weights(self):
+        """Xavier-uniform matrices, zero biases, tokens N(0, 0.02) (as MAE and FLIP, released code)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))         # (D, C*P*P)
+        nn.init.zeros_(self.patch_embed.proj.bias)
+        nn.init.normal_(self.cls_token, std=0.02)
+
+    def tokens(self, patches, kept=None):
+        """patches (B, N, P*P*C) -> tokens after the last norm (B, 1 + K, D), the cls token first.
+
+        kept (B, K): the patches to look at; the others are not touched. None: all."""
+        pos = self.pos_embed[:, 1:]                                             # (1, N, D)
+        if kept is not None:
+            patches, pos = take(patches, kept), pos[0, kept]                    # (B, K, ...)
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(patches), -1, -1)
+        x = self.patch_embed(patches) + pos                                     # (B, K, D)
+        x = self.norm_pre(torch.cat([cls, x], dim=1))                           # (B, 1 + K, D)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def encode(self, images):
+        """Normalised images (B, 3, H, W) -> all tokens (B, 1 + N, D); nothing is ever masked."""
+        return self.tokens(patchify(images, self.patch_size))
+
+
+def resize_positions(table, grid: tuple[int, int]):
+    """Position table (1, 1 + n*n, D) of a square grid -> (1, 1 + h*w, D), bicubic. Same grid: untouched."""
+    side = round((table.shape[1] - 1) ** 0.5)
+    if grid == (side, side):
+        return table
+    patches = table[:, 1:].transpose(1, 2).unflatten(2, (side, side))
+    patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
+    return torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
+
+
+class TextTower(nn.Module):
+    """ids (B, T) -> features (B, E), of any length: those of the first token, or, if causal, of the
+    largest id, which is the end token's; padding is read like anything else (FLIP, released code; CLIP)."""
+
+    def __init__(self, vocab_size, length, width, depth, num_heads, proj_dim, causal=False, act=F.gelu, eps=1e-6):
+        super().__init__()
+        self.causal = causal
+        self.token_embedding = nn.Embedding(vocab_size, width)
+        self.pos_embed = nn.Parameter(torch.zeros(1, length, width))
+        self.blocks = nn.ModuleList(Block(width, num_heads, 4.0, act, eps, causal) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=eps)
+        self.proj = nn.Linear(width, proj_dim, bias=False)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.pos_embed, std=0.02)
+
+    def forward(self, ids, kept=None):
+        """kept (B, K): the places to look at, the first among them in front; None: all."""
+        x = self.token_embedding(ids) + self.pos_embed                          # (B, T, width)
+        x = x if kept is None else take(x, kept)
+        for block in self.blocks:
+            x = block(x)
+        place = ids.argmax(dim=1) if self.causal else torch.zeros_like(ids[:, 0])
+        return self.proj(self.norm(take(x, place.unsqueeze(1)))[:, 0])
+
+
+# ---------------------------------------------------------------------------------------- masking
+def random_masking(noise, mask_ratio: float):
+    """noise (B, N) -> kept (B, K) and hidden (B, N - K) patch numbers, those of least noise kept.
+
+    K = floor(N * (1 - mask_ratio)) in floating point, as released: 100 patches at 0.9 keep 9."""
+    K = int(noise.shape[1] * (1 - mask_ratio))
+    order = noise.argsort(dim=1)
+    return order[:, :K], order[:, K:]
+
+
+def text_masking(noise, ids, mask_ratio: float, kind: str):
+    """noise, ids (B, T) -> kept (B, K) places of a caption, in order. "padding": padding (id 0) goes
+    first; "random": all are alike (section 4.1, "text masking"). The first place is always kept."""
+    noise = noise + (ids == 0) if kind == "padding" else noise.clone()
+    noise[:, 0] = -1
+    kept, _ = random_masking(noise, mask_ratio)
+    return kept.sort(dim=1).values
+
+
+# -------------------------------------------------------------------------------- target and loss
+def pixel_target(patches, norm_pix: bool):
+    """patches (B, M, P*P*C) -> what to predict: pixels, or pixels normalised within each patch with
+    the unbiased variance + 1e-6 (section 4.2, "reconstruction target")."""
+    if not norm_pix:
+        return patches
+    mean, var = patches.mean(dim=-1, keepdim=True), patches.var(dim=-1, keepdim=True)
+    return (patches - mean) / (var + 1e-6).sqrt()
+
+
+def reconstruction_loss(prediction, target):
+    """Mean squared error of the hidden patches (section 3). Every picture hides as many, so the
+    plain mean is the paper's: per patch first, then over the hidden patches of the batch."""
+    return (prediction.float() - target).square().mean()
+
+
+class Gather(torch.autograd.Function):
+    """Features (B, E) of this process -> those of all processes (W*B, E), in the order of their ranks.
+
+    The gradient is the sum of what all processes have for this one's features. Each process's loss is a
+    mean over its own pairs, and DistributedDataParallel averages the gradients of W processes: so that
+    what comes out is the gradient of the mean over all pairs, with no factor anywhere."""
+
+    @staticmethod
+    def forward(ctx, x):
+        everyone = x.new_empty(common.world() * len(x), x.shape[1])
+        dist.all_gather_into_tensor(everyone, x.contiguous())
+        return everyone
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(common.world())[common.rank()]
+
+
+def contrastive_loss(image, text, scale):
+    """InfoNCE in both directions (section 3; CLIP): features image and text (B, E) of this process's
+    pairs, of length 1, scale () -> its mean over them; all pairs of all processes are the classes."""
+    both = torch.cat([image, text], dim=1)                                      # (B, 2E)
+    images, texts = (Gather.apply(both) if common.world() > 1 else both).chunk(2, dim=1)       # (G, E)
+    place = torch.arange(len(image), device=image.device) + common.rank() * len(image)
+    return (F.cross_entropy(scale * image @ texts.T, place) + F.cross_entropy(scale * text @ images.T, place)) / 2
+
+
+# ------------------------------------------------------------------------------------------- FLIP
+class FLIP(VisionTransformer):
+    thrown_away = ("text", "image_proj", "logit_scale", "decoder", "mask_token")    # what is not the encoder
+
+    def __init__(self, image_size, patch_size, embed_dim, depth, num_heads, text_width, text_depth, text_heads, proj_dim,
+                 vocab_size, text_length, mlp_ratio=4.0, mask_ratio=0.5, towers="flip", text_mask_ratio=0.0,
+                 text_mask="padding", reconstruction=0.0):
+        act, eps = {"flip": (F.gelu, 1e-6), "clip": (quick_gelu, 1e-5), "open_clip": (F.gelu, 1e-5)}[towers]
+        clip = towers != "flip"
+        super().__init__(image_size, patch_size, embed_dim, depth, num_heads, mlp_ratio, clip, clip, act, eps)
+        self.mask_ratio, self.text_mask_ratio, self.text_mask = mask_ratio, text_mask_ratio, text_mask
+        self.image_proj = nn.Linear(embed_dim, proj_dim, bias=False)
+        self.text = TextTower(vocab_size, text_length, text_width, text_depth, text_heads, proj_dim, clip, act, eps)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))        # its logarithm, as in CLIP
+        self.reconstruction = reconstruction
+        if reconstruction:                               # MAE's decoder, of half the encoder's width
+            width = embed_dim // 2
+            self.decoder_embed = nn.Linear(embed_dim, width)
+            self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
+            self.decoder_pos_embed = nn.Parameter(sincos_positions(width, self.grid), requires_grad=False)
+            self.decoder_blocks = nn.ModuleList([Block(width, max(1, num_heads // 2), mlp_ratio)])
+            self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
+            self.decoder_pred = nn.Linear(width, 3 * patch_size ** 2)
+        self.init_weights()
+
+    def patches(self, images):
+        """Images (B, 3, H, W), normalised by common.MEAN and STD -> patches (B, N, P*P*3), normalised as the
+        tower wants them."""
+        if self.text.causal:
+            scale, shift = clip_scale(images.device)
+            images = images * scale + shift
+        return patchify(images, self.patch_size)
+
+    def encode(self, images):
+        """Normalised images (B, 3, H, W) -> all tokens (B, 1 + N, D); nothing is ever masked."""
+        return self.tokens(self.patches(images))
+
+    def pooled(self, tokens):
+        """Tokens (B, 1 + K, D) -> features (B, E) fp32 of length 1."""
+        x = tokens[:, 0] if self.text.causal else tokens.mean(dim=1)            # the class token, too (released code)
+        return F.normalize(self.image_proj(x).float(), dim=-1)
+
+    def encode_image(self, images):
+        """Normalised images (B, 3, H, W) -> features (B, E) fp32 of length 1, of the whole pictures."""
+        return self.pooled(self.encode(images))
+
+    def encode_text(self, ids, kept=None):
+        """ids (B, T) -> features (B, E) fp32 of length 1."""
+        return F.normalize(self.text(ids, kept).float(), dim=-1)
+
+    def decode(self, latent, kept, hidden):
+        """latent (B, 1 + K, D) -> decoder tokens (B, 1 + N, E): cls, the kept, then the hidden."""
+        x = self.decoder_embed(latent)                                          # (B, 1 + K, E)
+        x = torch.cat([x, self.mask_token.to(x.dtype).expand(len(x), hidden.shape[1], -1)], dim=1)
+        place = F.pad(torch.cat([kept, hidden], dim=1) + 1, (1, 0))             # (B, 1 + N), cls: 0
+        x = x + self.decoder_pos_embed[0, place]
+        for block in self.decoder_blocks:
+            x = block(x)
+        return x
+
+    def embed(self, images, ids, noise):
+        """Features (B, E) of images and of ids, masked by the noise, and MAE's loss (0. if not asked for)."""
+        patches, kept, extra = self.patches(images), None, 0.0                  # (B, N, P*P*3)
+        if self.mask_ratio:
+            kept, hidden = random_masking(noise[:, :patches.shape[1]], self.mask_ratio)        # (B, K), (B, M)
+        latent = self.tokens(patches, kept)                                     # (B, 1 + K, D)
+        if self.reconstruction:
+            decoded = self.decode(latent, kept, hidden)[:, 1 + kept.shape[1]:]   # (B, M, decoder width)
+            prediction = self.decoder_pred(self.decoder_norm(decoded))
+            extra = reconstruction_loss(prediction, pixel_target(take(patches, hidden), norm_pix=True))
+        kept = None
+        if self.text_mask_ratio:
+            kept = text_masking(noise[:, patches.shape[1]:], ids, self.text_mask_ratio, self.text_mask)
+        return self.pooled(latent), self.encode_text(ids, kept), extra
+
+    def forward(self, images, ids, noise=None, cached=None, part=0):
+        """images (B, 3, H, W), normalised; ids (B, T); noise (B, N + T) in [0, 1) decides the masks.
+
+        Returns the loss, and the features of images and texts (B, E). cached: features (parts, B, E) of the
+        images and of the texts of a step that is done in parts; those of this part are replaced by ones with a
+        gradient, and the loss is that of the whole step."""
+        if noise is None:
+            noise = torch.rand(len(images), self.grid[0] * self.grid[1] + ids.shape[1], device=images.device)
+        image, text, extra = self.embed(images, ids, noise)
+        scale, all_images, all_texts = self.logit_scale.exp(), image, text
+        if cached is not None:
+            all_images, all_texts = (torch.cat([*old[:part], new, *old[part + 1:]]) for old, new in zip(cached, (image, text)))
+            scale = scale if part == 0 else scale.detach()                      # its gradient counts once
+        with torch.autocast(images.device.type, enabled=False):                 # fp32, whatever the towers are in
+            loss = contrastive_loss(all_images, all_texts, scale)
+        return loss + self.reconstruction * extra, image, text
+
+
+@functools.cache
+def clip_scale(device):
+    """(scale, shift), each (3, 1, 1): from our normalisation of pictures to CLIP's."""
+    (m, s), (mean, std) = common.mean_std(device), (torch.tensor(v, device=device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+    return s / std, (m - mean) / std
+
+
+def build(cfg: Config) -> FLIP:
+    """The untrained model of a configuration; the seed decides its weights."""
+    torch.manual_seed(cfg.seed)
+    return FLIP(cfg.image_size, cfg.patch_size, *(getattr(cfg, field) for field in SIZE_FIELDS), cfg.vocab_size,
+                cfg.text_length, cfg.mlp_ratio, cfg.mask_ratio, cfg.towers, cfg.text_mask_ratio, cfg.text_mask,
+                cfg.reconstruction)
+
+
+def multiplications(cfg: Config, mask_ratio: float) -> float:
+    """Of the forward pass of both towers for one pair: of the projection of patches, of the blocks, of attention."""
+    side = cfg.image_size // cfg.patch_size
+    K, T = int(side ** 2 * (1 - mask_ratio)), int(cfg.text_length * (1 - cfg.text_mask_ratio))
+    blocks = lambda n, D, depth, ratio: depth * ((4 + 2 * ratio) * n * D ** 2 + 2 * n ** 2 * D)
+    return (3 * K * cfg.patch_size ** 2 * cfg.embed_dim + blocks(1 + K, cfg.embed_dim, cfg.depth, cfg.mlp_ratio)
+            + blocks(T, cfg.text_width, cfg.text_depth, 4))
+
+
+def mean_token(model: FLIP):
+    """The feature that k-NN compares: the mean of a picture's patch tokens, images -> (B, D)."""
+    return lambda images: model.encode(images)[:, 1:].mean(dim=1)
+
+
+# ------------------------------------------------------------------------------------------- text
+class Bytes:
+    """Without a vocabulary: a text's UTF-8 bytes. 0 is padding, 1 + b byte b, then start and end."""
+    start, end, size = 257, 258, 259
+
+    def __call__(self, text: str) -> list[int]:
+        return [1 + byte for byte in " ".join(text.split()).encode()]
+
+
+class WordPieces:
+    """BERT's uncased word pieces: the longest ones of the list first, ## where a word goes on."""
+
+    def __init__(self, lines: list[str]):
+        self.number = {piece: i for i, piece in enumerate(lines)}
+        self.start, self.end, self.unknown = (self.number[name] for name in ("[CLS]", "[SEP]", "[UNK]"))
+        self.size = len(lines)
+
+    def __call__(self, text: str) -> list[int]:
+        letters = [c for c in unicodedata.normalize("NFD", text.lower()) if unicodedata.category(c) != "Mn"]
+        text = "".join(f" {c} " if self.alone(c) else " " if c.isspace() else c for c in letters
+                       if c.isspace() or unicodedata.category(c)[0] != "C" and c != "\ufffd")
+        return [number for word in text.split() for number in self.pieces(word)]
+
+    @staticmethod
+    def alone(c: str) -> bool:
+        """Whether a character is a word of its own: punctuation, symbols of ASCII, Chinese characters."""
+        return (unicodedata.category(c)[0] == "P" or c.isascii() and c.isprintable() and not c.isalnum() and c != " "
+                or any(first <= ord(c) <= last for first, last in CHINESE))
+
+    def pieces(self, word: str) -> list[int]:
+        found, at = [], 0
+        while at < len(word):
+            ends = (end for end in range(len(word), at, -1) if "##" * (at > 0) + word[at:end] in self.number)
+            end = next(ends, None)
+            if end is None or len(word) > 100:
+                return [self.unknown]
+            found.append(self.number["##" * (at > 0) + word[at:end]])
+            at = end
+        return found
+
+
+class BytePairs:
+    """CLIP's lower-case byte pairs: the symbols of a word are joined, the pair highest up in the list first."""
+
+    def __init__(self, lines: list[str]):
+        plain = [*range(33, 127), *range(161, 173), *range(174, 256)]           # bytes that look like something
+        others = [byte for byte in range(256) if byte not in plain]
+        self.letter = {byte: chr(byte) for byte in plain} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+        merges = [tuple(line.split()) for line in lines[1:1 + 48894] if line]    # the first line is a title
+        symbols = list(self.letter.values())
+        symbols += [s + "</w>" for s in symbols] + ["".join(pair) for pair in merges]
+        self.number = {symbol: i for i, symbol in enumerate(symbols)}
+        self.order = {pair: i for i, pair in enumerate(merges)}
+        self.start, self.end, self.size = len(symbols), len(symbols) + 1, len(symbols) + 2
+        self.joined = functools.lru_cache(2 ** 16)(self.join)
+
+    def __call__(self, text: str) -> list[int]:
+        text = " ".join(html.unescape(html.unescape(text)).split()).lower()
+        return [number for word in self.words(text) for number in self.joined(word)]
+
+    @staticmethod
+    def words(text: str):
+        """Endings like 's, runs of letters, single numerals, runs of anything else but spaces."""
+        kinds = {"L": "L", "N": "N"}
+        kinds = "".join(" " if c.isspace() else kinds.get(unicodedata.category(c)[0], "o") for c in text)
+        at = 0
+        while at < len(text):
+            end = (re.compile("'(?:s|t|re|ve|m|ll|d)").match(text, at) or re.compile("L+|N| +|o+").match(kinds, at)).end()
+            if kinds[at] != " ":
+                yield text[at:end]
+            at = end
+
+    def join(self, word: str) -> list[int]:
+        parts = [self.letter[byte] for byte in word.encode()]
+        parts[-1] += "</w>"
+        while len(parts) > 1:
+            first = min(zip(parts, parts[1:]), key=lambda pair: self.order.get(pair, math.inf))
+            if first not in self.order:
+                break
+            joined, i = [], 0
+            while i < len(parts):                        # wherever the pair stands, from left to right
+                width = 2 if tuple(parts[i:i + 2]) == first else 1
+                joined.append("".join(parts[i:i + width]))
+                i += width
+            parts = joined
+        return [self.number[part] for part in parts]
+
+
+CHINESE = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F),
+           (0x2B820, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F))            # as BERT has them
+
+
+@functools.cache
+def open_vocabulary(path: str):
+    """Bytes, WordPieces (.txt: a piece a line) or BytePairs (.gz: a pair a line). Raises UserError."""
+    if not path:
+        return Bytes()
+    try:
+        if path.endswith(".gz"):
+            return BytePairs(gzip.decompress(Path(path).read_bytes()).decode().split("\n"))
+        if path.endswith(".txt"):
+            return WordPieces(Path(path).read_text(encoding="utf-8").splitlines())
+    except (OSError, EOFError, KeyError, ValueError) as error:
+        raise common.UserError(f"no vocabulary can be read from {path}: {common.why(error)}") from error
+    raise common.UserError(f"--vocab {path}: word pieces are in a .txt (BERT's vocab.txt), byte pairs in a .gz (CLIP's "
+                           "bpe_simple_vocab_16e6.txt.gz)")
+
+
+class Tokenizer:
+    """text -> int64 ids (T,), 0 behind the end; what is too long is cut, the end token stays."""
+
+    def __init__(self, cfg: Config):
+        self.vocabulary, self.length = open_vocabulary(cfg.vocab), cfg.text_length
+        self.front = [self.vocabulary.start] * cfg.text_cls
+        self.back = [self.vocabulary.end] * (cfg.towers != "flip")              # the released FLIP has none
+        if self.vocabulary.size > cfg.vocab_size:
+            raise common.UserError(f"--vocab {cfg.vocab or 'of bytes'} has {self.vocabulary.size} ids, the model {cfg.vocab_size}")
+
+    def __call__(self, text: str):
+        room = self.length - len(self.front) - len(self.back)
+        ids = torch.tensor(self.front + self.vocabulary(text)[:room] + self.back, dtype=torch.int64)
+        return F.pad(ids, (0, self.length - len(ids)))
+
+    def all(self, texts):
+        """n texts -> (n, T)."""
+        return torch.stack([self(text) for text in texts])
+
+
+# ------------------------------------------------------------------------------ pictures with text
+class Texts:
+    """Lists of strings, kept in three arrays: millions of them need little memory, which workers share."""
+
+    def __init__(self, lists):
+        encoded = [[text.encode() for text in texts] for texts in lists]
+        flat = [text for texts in encoded for text in texts]
+        self.bytes = np.frombuffer(b"".join(flat), np.uint8)
+        self.ends = np.cumsum([0, *map(len, flat)])
+        self.first = np.cumsum([0, *map(len, encoded)])
+
+    def __getitem__(self, i: int) -> list[str]:
+        return [self.bytes[self.ends[j]:self.ends[j + 1]].tobytes().decode() for j in range(self.first[i], self.first[i + 1])]
+
+
+class Pairs(common.Pictures):
+    """Pictures with captions: an item is (picture uint8 (3, H, W), ids (T,), index).
+
+    Of a picture's captions an epoch shows one, by (seed, epoch, index). captions: a list of strings for
+    each picture, or for each label if by_label; tokenizer: string -> ids (T,)."""
+
+    def __init__(self, source, captions, tokenizer, seed=0, labels=None, by_label=False):
+        super().__init__(source, labels, seed)
+        self.captions, self.tokenizer, self.by_label = Texts(captions), tokenizer, by_label
+
+    def texts(self, index: int) -> list[str]:
+        return self.captions[self.labels[index] if self.by_label else index]
+
+    def __getitem__(self, key):
+        picture, _, index = super().__getitem__(key)
+        texts = self.texts(index)
+        return picture, self.tokenizer(texts[common.mix(self.seed, *key, 1) % len(texts)]), index
+
+    def batches(self, cfg: Config, first: int, last: int) -> DataLoader:
+        """Those of the steps first ... last - 1: (pictures uint8 (b, 3, S, S), ids (b, T), indices (b))."""
+        return common.loader(self, common.Batches(cfg, len(self), first, last), cfg.workers)
+
+
+class Shards(IterableDataset):
+    """Pairs out of tar shards (webdataset), in whole batches: (pictures uint8 (b, 3, S, S), ids (b, T)).
+
+    Each loader process of each training process is a stream, and reads shards of its own, in an order of
+    (seed, epoch); its pairs come out of a buffer of --shuffle in random order. With fewer shards than
+    streams, all read all of them and keep every so-manieth pair. The streams' batches come in turn, so
+    that a run that goes on knows how much of the epoch each has given, and that is skipped undecoded.
+
+    Members of one sample stand together, with the same name up to its first dot: a picture, and .txt
+    (a caption a line) or .json (caption: a string or a list). Broken pictures are replaced by others of
+    their batch; what was wrong is counted in `troubles` (streams, kinds)."""
+
+    KINDS = ("unreadable pictures", "pictures without caption", "captions without picture", "texts that are not UTF-8",
+             "damaged shards")
+
+    def __init__(self, files: list[str], cfg: Config, tokenizer):
+        self.files, self.cfg, self.tokenizer = files, cfg, tokenizer
+        self.transform = common.augment(cfg.image_size, cfg.crop_scale)
+        lost = [file for file in files if not Path(file).is_file()]
+        if lost or not files:
+            raise common.UserError(f"{len(lost)} of {len(files)} shards are not there: {', '.join(lost[:3])}")
+        self.batch = cfg.batch_size // (common.world() * cfg.accumulate)
+        self.pairs = cfg.epoch_pairs or count_pairs(files)
+        self.troubles = torch.zeros(common.world() * max(1, cfg.workers), len(self.KINDS), dtype=torch.int64).share_memory_()
+
+    @property
+    def broken(self):
+        return self.troubles.flatten()
+
+    def trouble(self, stream: int, kind: str, name: str, error=""):
+        counts = self.troubles[stream]
+        counts[self.KINDS.index(kind)] += 1
+        if counts.sum() <= 10:
+            tqdm.write(f"skipped ({kind}; each loader process names its first ten): {name} {error}", file=sys.stderr)
+
+    def __len__(self):
+        return self.pairs
+
+    def batches(self, cfg: Config, first: int, last: int) -> DataLoader:
+        """Those of the steps first ... last - 1."""
+        self.passes = self.pairs // cfg.batch_size * cfg.accumulate             # in an epoch
+        self.first, self.last = first * cfg.accumulate, last * cfg.accumulate
+        return common.loader(self, None, cfg.workers)
+
+    def __iter__(self):
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        now, streams = None, common.world() * workers
+        for i in range(self.first + worker, self.last, workers):
+            epoch, place = divmod(i, self.passes)
+            if epoch != now:
+                stream, now, position = common.rank() * workers + i % workers, epoch, place // workers * self.batch
+                pairs = itertools.islice(self.stream(epoch, stream, streams), position, None)
+            pictures, ids = [], []
+            for name, data, captions in itertools.islice(pairs, self.batch):
+                seed = common.mix(self.cfg.seed, epoch, stream, position)
+                position += 1
+                try:
+                    with torch.random.fork_rng(devices=[]):
+                        torch.default_generator.manual_seed(seed)
+                        picture = self.transform(common.decode(data))
+                except OSError as error:
+                    self.trouble(stream, "unreadable pictures", name, error)
+                    continue
+                pictures.append(picture), ids.append(self.tokenizer(captions[seed % len(captions)]))
+            if not pictures:
+                raise OSError(f"none of {self.batch} pictures can be read; the last was {name}")
+            chosen = torch.arange(self.batch) % len(pictures)                   # the good ones step in
+            yield torch.stack(pictures)[chosen], torch.stack(ids)[chosen]
+
+    def stream(self, epoch: int, stream: int, streams: int):
+        """The pairs (name, picture's bytes, captions) of one of several streams, without end."""
+        order = np.random.RandomState(common.mix(self.cfg.seed, epoch)).permutation(len(self.files))
+        enough = len(self.files) >= streams
+        mine = [self.files[i] for i in (order[stream::streams] if enough else order)]
+        chance, buffer, found = random.Random(common.mix(self.cfg.seed, epoch, stream)), [], True
+        while found:
+            found = False
+            pairs = itertools.chain.from_iterable(self.read(file, stream) for file in mine)
+            for pair in pairs if enough else itertools.islice(pairs, stream, None, streams):
+                found = True
+                buffer.append(pair)
+                if len(buffer) >= self.cfg.shuffle:
+                    i = chance.randrange(len(buffer))
+                    buffer[i], buffer[-1] = buffer[-1], buffer[i]
+                    yield buffer.pop()
+            chance.shuffle(buffer)
+            yield from buffer
+            buffer = []
+        raise OSError(f"no pair of picture and caption in {', '.join(mine[:3])}")
+
+    def read(self, file: str, stream: int):
+        """The pairs of one shard."""
+        for name, sample in itertools.groupby(self.members(file, stream), key=lambda member: member[0]):
+            parts = {ending: data for _, ending, data in sample}
+            picture = next((parts[ending] for ending in ENDINGS if ending in parts), None)
+            try:
+                texts = captions_of(parts)
+            except ValueError as error:
+                self.trouble(stream, "texts that are not UTF-8", f"{file}: {name}", error)
+                continue
+            if picture and texts:
+                yield f"{file}: {name}", picture, texts
+            elif picture or texts:
+                self.trouble(stream, "pictures without caption" if picture else "captions without picture", f"{file}: {name}")
+
+    def members(self, file: str, stream: int):
+        """(name up to the first dot, ending, bytes) of a shard's files, as far as it can be read."""
+        try:
+            with tarfile.open(file, "r|*") as tar:
+                while member := tar.next():
+                    tar.members.clear()                  # it would keep a million headers
+                    if member.isfile():
+                        folder, _, name = member.name.rpartition("/")
+                        name, _, ending = name.partition(".")
+                        yield f"{folder}/{name}", ending.lower(), tar.extractfile(member).read()
+        except DAMAGE as error:
+            self.trouble(stream, "damaged shards", file, error)
+
+
+DAMAGE = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)      # what reading a tar can raise
+ENDINGS = [ending[1:] for ending in datasets.folder.IMG_EXTENSIONS]
+
+
+def captions_of(parts: dict) -> list[str]:
+    """{ending: bytes} of one sample -> its captions: the lines of txt, else caption in json; not empty
+    ones. Raises ValueError."""
+    if "txt" in parts:
+        texts = parts["txt"].decode().splitlines()
+    else:
+        texts = json.loads(parts.get("json", b"{}"))
+        texts = texts.get("caption") if isinstance(texts, dict) else None
+    return [text.strip() for text in ([texts] if isinstance(texts, str) else texts or []) if isinstance(text, str) and text.strip()]
+
+
+def expand(pattern: str) -> list[str]:
+    """Tar files: of a folder, a file, a glob, or numbers like {000..123}; several with :: between."""
+    found = []
+    for part in pattern.split("::"):
+        number = re.search(r"\{(\d+)\.\.(\d+)\}", part)
+        if number:
+            low, high = number.groups()
+            names = [f"{part[:number.start()]}{i:0{len(low)}}{part[number.end():]}" for i in range(int(low), int(high) + 1)]
+            found += [name for p in names for name in expand(p)]
+        else:
+            found += sorted(map(str, Path(part).glob("*.tar*"))) if Path(part).is_dir() else sorted(glob.glob(part)) or [part]
+    return found
+
+
+def count_pairs(files: list[str]) -> int:
+    """How many pairs shards hold: by sizes.json beside them ({name: pairs}), or else by their headers.
+    The first process counts for all."""
+    count, folders = [0], {}
+    for file in map(Path, files if common.rank() == 0 else ()):
+        sizes = file.parent / "sizes.json"
+        if file.parent not in folders:
+            folders[file.parent] = json.loads(sizes.read_text()) if sizes.is_file() else {}
+            if not folders[file.parent]:
+                common.say(f"counting the pairs in {file.parent}, once a start; --epoch-pairs, or a sizes.json, spares it")
+        count[0] += folders[file.parent].get(file.name) or sum(
+            any(e in ENDINGS for e in endings) and ("txt" in endings or "json" in endings) for endings in headers(file))
+    if common.world() > 1:
+        dist.broadcast_object_list(count)
+    return count[0]
+
+
+def headers(file: Path):
+    """The endings of each sample's files in a shard, as far as it can be read."""
+    with contextlib.suppress(*DAMAGE), tarfile.open(file) as tar:
+        names = ((member.name.rpartition("/")[2].partition("."), tar.members.clear()) for member in iter(tar.next, None))
+        for _, sample in itertools.groupby(names, key=lambda name: name[0][0]):
+            yield [name[0][2].lower() for name in sample]
+
+
+
+
+class Source(NamedTuple):
+    """What there is to train on, and to score with."""
+    data: common.Data                          # pretrain: Pairs or Shards; train, test: for k-NN
+    retrieval: Pairs | None = None             # labels: the pictures' numbers
+    labelled: common.Pictures | None = None    # for the zero-shot accuracy; labels: classes
+    prompts: list = ()                         # of each class: its texts
+    held_out: np.ndarray | None = None         # (classes,) bool: those of shapes that are not trained on
+
+
+def is_shards(where: str) -> bool:
+    return ".tar" in where or Path(where).is_dir() and any(Path(where).glob("*.tar*"))
+
+
+def is_listed(where: str) -> bool:
+    """Whether it is a list of pairs, or a folder of pictures with a .txt or .json of the same name."""
+    first = itertools.islice(pictures_in(Path(where)), 100) if Path(where).is_dir() else ()
+    return Path(where).suffix in (".csv", ".tsv", ".json") or any(text_beside(picture) for picture in first)
+
+
+def pictures_in(folder: Path):
+    return (path for path in folder.rglob("*") if path.suffix.lower() in datasets.folder.IMG_EXTENSIONS)
+
+
+def text_beside(picture: Path) -> Path | None:
+    return next((path for e in (".txt", ".json") if (path := picture.with_suffix(e)).is_file()), None)
+
+
+def listed(where: str, root: str) -> tuple[list, list]:
+    """Pairs (path, captions) to train on and to test on (where the list tells them apart, else none): of a
+    .csv or .tsv; a .json of COCO's captions, of Karpathy's splits, or a list; a folder with texts beside the
+    pictures, or with such train/ and val/. What is incomplete is left out and counted. Raises UserError."""
+    path, found = Path(where), []
+    counts = dict.fromkeys(("pictures without caption", "captions without picture", "texts that are not UTF-8"), 0)
+    root = Path(root) if root or path.is_dir() else path.parent
+    try:
+        if path.is_dir():
+            parts = [path / "train", path / "val"] if (path / "train").is_dir() and (path / "val").is_dir() else [path]
+            parts = [folder_rows(part, counts) for part in parts]
+        else:
+            parts = json_rows(json.loads(path.read_bytes())) if path.suffix == ".json" else [table_rows(path)]
+        for rows in parts:
+            pairs = {}
+            for picture, text in rows:                   # a picture with several captions has several rows
+                text = " ".join((text or "").split())
+                if not picture:
+                    counts["captions without picture"] += bool(text)
+                    continue
+                texts = pairs.setdefault(str(root / picture), [])
+                if any("\ud800" <= c <= "\udfff" for c in text):
+                    counts["texts that are not UTF-8"] += 1
+                elif text:
+                    texts.append(text)
+            counts["pictures without caption"] += sum(not texts for texts in pairs.values())
+            found.append([pair for pair in pairs.items() if pair[1]])
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise common.UserError(f"{where} cannot be read as pairs of picture and caption: {type(error).__name__} "
+                               f"{common.why(error)}") from error
+    if not found[0]:
+        raise common.UserError(f"no pair of picture and caption in {where}")
+    common.say(f"{where}: {' and '.join(f'{len(pairs)} pictures' for pairs in found)} with captions; left out: "
+               + ", ".join(f"{count} {kind}" for kind, count in counts.items()))
+    return found[0], found[1] if len(found) > 1 else []
+
+
+def table_rows(path: Path):
+    """(picture, caption) of a table with a title row, by tabs or commas. What is not UTF-8 is escaped."""
+    csv.field_size_limit(2 ** 24)
+    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        delimiter = "\t" if "\t" in file.readline() else ","
+        file.seek(0)
+        rows = csv.DictReader(file, delimiter=delimiter)
+        yield from column_rows(rows, rows.fieldnames or [])
+
+
+def column_rows(rows, names):
+    picture, text = (next((name for name in names if name and name.lower().strip() in known), None) for known in COLUMNS)
+    if not picture or not text:
+        raise ValueError(f"it has the columns {list(names)}; one of {COLUMNS[0]} and one of {COLUMNS[1]} are needed")
+    return ((row[picture], row[text]) for row in rows)
+
+
+COLUMNS = (("filepath", "image", "path", "file_name", "filename", "image_path", "file"), ("title", "caption", "text", "captions"))
+
+
+def json_rows(content) -> list:
+    """[rows], or [rows to train on, rows to test on], of (picture, caption)."""
+    if isinstance(content, list):
+        return [column_rows(content, content[0])]
+    if "annotations" in content:                         # COCO: images {id, file_name}, annotations {image_id, caption}
+        name = {image["id"]: image["file_name"] for image in content["images"]}
+        captioned = ((name.get(a["image_id"]), a["caption"]) for a in content["annotations"])
+        return [itertools.chain(((file, "") for file in name.values()), captioned)]
+    parts = {"train": [], "test": [], "val": []}         # Karpathy: images {filepath, filename, split, sentences {raw}}
+    parts["restval"] = parts["train"]
+    for image in content["images"]:
+        path = os.path.join(image.get("filepath", ""), image["filename"])
+        parts[image["split"]] += [(path, sentence["raw"]) for sentence in image["sentences"]]
+    return [parts["train"], parts["test"]]
+
+
+def folder_rows(folder: Path, counts: dict):
+    lonely = {path.with_suffix("") for path in folder.rglob("*") if path.suffix in (".txt", ".json")}
+    for picture in sorted(pictures_in(folder)):
+        text = text_beside(picture)
+        lonely.discard(picture.with_suffix(""))
+        try:
+            texts = captions_of({text.suffix[1:]: text.read_bytes()}) if text else []
+        except ValueError:
+            counts["texts that are not UTF-8"] += 1
+            continue
+        yield from ((picture, text) for text in texts or [""])
+    counts["captions without picture"] += len(lonely)
+
+
+def pairs_to_score(where: str, cfg: Config) -> list:
+    """(path or picture, captions): the test part of a list, or all of it; the first 5,000 pairs of shards."""
+    if not is_shards(where):
+        train, test = listed(where, cfg.image_root)
+        return test or train
+    shards, centre, found = Shards(expand(where), replace(cfg, epoch_pairs=1), None), common.Centre(cfg.image_size), []
+    for file in shards.files:
+        for name, data, captions in itertools.islice(shards.read(file, 0), 5000 - len(found)):
+            try:
+                found.append((centre(common.decode(data)), captions))
+            except OSError as error:
+                shards.trouble(0, "unreadable pictures", name, error)
+    if not found:
+        raise common.UserError(f"no pair of picture and caption in {where}")
+    return found
+
+
+def open_source(cfg: Config, tokenizer: Tokenizer) -> Source:
+    """What --data names, to train on and to score with, or only to score with (--zero-shot). Raises UserError.
+
+    Retrieval: the pairs of --test-data; else those that a list keeps for testing; else every tenth picture
+    of the list, at most 1,000, which are then not trained on."""
+    pairs = functools.partial(Pairs, tokenizer=tokenizer, seed=cfg.seed)
+    if cfg.data == "shapes":
+        return open_shapes(pairs)
+    if not is_shards(cfg.data) and not is_listed(cfg.data):
+        return open_classes(cfg, pairs)
+    training, test = None, []
+    if cfg.test_data or cfg.zero_shot:
+        test = pairs_to_score(cfg.test_data or cfg.data, cfg)
+    if is_shards(cfg.data) and not cfg.zero_shot:
+        training = Shards(expand(cfg.data), cfg, tokenizer)
+    elif not cfg.zero_shot:
+        train, kept = listed(cfg.data, cfg.image_root)
+        if not kept and not test:
+            every = max(10, math.ceil(len(train) / 1000))
+            common.say(f"no --test-data: every {every}th picture is kept for testing")
+            train, kept = [p for i, p in enumerate(train) if i % every < every - 1], train[every - 1::every]
+        training, test = pairs(*zip(*train)), test or kept
+    if not test:
+        common.say("no --test-data: nothing is scored at the end")
+        return Source(common.Data(training, None, None, []))
+    source, texts = zip(*test)
+    source = torch.stack(source) if torch.is_tensor(source[0]) else source
+    return Source(common.Data(training, None, None, []), pairs(source, texts, labels=np.arange(len(texts))))
+
+
+def open_classes(cfg: Config, pairs) -> Source:
+    """Pictures with classes, of which captions and prompts are made; tested on the test set's. Raises UserError."""
+    data = common.open_data(cfg.data, cfg.data_root, cfg.seed)
+    if data.train is None:
+        raise common.UserError(f"{cfg.data} has neither captions nor class folders to train on and to test on")
+    names, templates = class_names(cfg, data.classes), TEMPLATES
+    if cfg.templates:
+        templates = [line for line in read_text(cfg.templates).splitlines() if line.strip()]
+        if not templates or not all("{}" in line for line in templates):
+            raise common.UserError(f"--templates {cfg.templates}: one prompt a line, each with {{}} for the class")
+    prompts = [[template.format(name) for template in templates] for name in names]
+    same = math.log(1 + (cfg.batch_size - 1) / len(names))
+    common.say(f"captions: {len(templates)} templates x {len(names)} classes, e.g. {prompts[0][0]!r}. Pictures of one class are "
+               f"each other's negatives in a batch: the loss stays above about {same:.2f}")
+    training = pairs(data.train.source, prompts, labels=data.train.labels, by_label=True)
+    return Source(data._replace(pretrain=training), None, data.test, prompts)
+
+
+def class_names(cfg: Config, folders: list[str]) -> list[str]:
+    """How the classes are called: by --classnames; ImageNet's by torchvision; else as their folders."""
+    if cfg.classnames:
+        text = read_text(cfg.classnames)
+        names = json.loads(text) if cfg.classnames.endswith(".json") else [n for n in text.splitlines() if n.strip()]
+        if isinstance(names, dict) and set(folders) <= names.keys():
+            return [names[folder] for folder in folders]
+        if len(names) != len(folders) or isinstance(names, dict):
+            raise common.UserError(f"--classnames {cfg.classnames} has {len(names)} names, and there are {len(folders)} classes")
+        return names
+    if len(folders) == 1000 and folders[0] == "n01440764":
+        return ResNet50_Weights.DEFAULT.meta["categories"]       # in the order of the folders' numbers
+    return [folder.replace("_", " ") for folder in folders]
+
+
+def read_text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise common.UserError(f"{path} cannot be read: {common.why(error)}") from error
+
+
+def open_shapes(pairs) -> Source:
+    """The drawn shapes, but for the pairs HELD_OUT, to train on; all 64 pairs of colour and shape as the
+    classes; a test picture of each for retrieval."""
+    train, test = common.shapes("train", np.arange(10_000)), common.shapes("test", np.arange(2_000))
+    train["pair"], test["pair"] = (8 * s["colour"] + s["shape"] for s in (train, test))
+    held_out = np.isin(np.arange(64), [8 * colour + shape for colour, shape in common.HELD_OUT])
+    one_each = np.unique(test["pair"], return_index=True)[1]
+    of = lambda s, rows: (torch.from_numpy(s["picture"][rows]), [[str(text)] for text in s["caption"][rows]])
+    knn = (common.Pictures(torch.from_numpy(s["picture"]), s["shape"]) for s in (train, test))
+    prompts = [[text.format(a="an" if colour == "orange" else "a", colour=colour, shape=shape) for text in common.CAPTIONS]
+               for colour in common.COLOURS for shape in common.SHAPES]
+    return Source(common.Data(pairs(*of(train, ~held_out[train["pair"]])), *knn, list(common.SHAPES)),
+                  pairs(*of(test, one_each), labels=np.arange(64)),
+                  common.Pictures(torch.from_numpy(test["picture"]), test["pair"]), prompts, held_out)
+
+
+# ---------------------------------------------------------------------------------- CLIP's weights
+CLIP_NAMES = (                                           # how names begin: CLIP's, ours
+    ("visual.class_embedding", "cls_token"), ("visual.positional_embedding", "pos_embed"), ("visual.conv1.", "patch_embed.proj."),
+    ("visual.ln_pre.", "norm_pre."), ("visual.transformer.resblocks.", "blocks."), ("visual.ln_post.", "norm."),
+    ("visual.proj", "image_proj.weight"), ("token_embedding.", "text.token_embedding."), ("positional_embedding", "text.pos_embed"),
+    ("transformer.resblocks.", "text.blocks."), ("ln_final.", "text.norm."), ("text_projection", "text.proj.weight"),
+    ("logit_scale", "logit_scale"))
+CLIP_BLOCK = ((".ln_1.", ".norm1."), (".ln_2.", ".norm2."), (".attn.in_proj_", ".attn.qkv."), (".attn.out_proj.", ".attn.proj."),
+              (".mlp.c_fc.", ".mlp.fc1."), (".mlp.c_proj.", ".mlp.fc2."))
+
+
+def from_clip(state: dict) -> dict:
+    """CLIP's {name: tensor} -> ours, in fp32; names that are not CLIP's stay."""
+    found = {}
+    for name, value in state.items():
+        name = next((new + name.removeprefix(old) for old, new in CLIP_NAMES if name.startswith(old)), name)
+        for old, new in CLIP_BLOCK:
+            name = name.replace(old, new)
+        found[name] = value.float()                      # published in half precision
+        if name in ("image_proj.weight", "text.proj.weight"):
+            found[name] = found[name].T
+    for name, shape in (("cls_token", (1, 1, -1)), ("logit_scale", ())):
+        if name in found:
+            found[name] = found[name].reshape(shape)
+    for name in {"pos_embed", "text.pos_embed"} & found.keys():
+        found[name] = found[name].unsqueeze(0)
+    if "patch_embed.proj.weight" in found:
+        found["patch_embed.proj.bias"] = torch.zeros(len(found["patch_embed.proj.weight"]))
+    return found
+
+
+def to_clip(model: FLIP) -> dict:
+    """Our weights in CLIP's names and shapes. It has no bias in its patches: ours goes into the positions."""
+    found = {}
+    for name, value in model.state_dict().items():
+        if name == "patch_embed.proj.bias" or name.startswith(("decoder", "mask_token")):
+            continue
+        if name == "pos_embed":
+            value = torch.cat([value[:, :1], value[:, 1:] + model.patch_embed.proj.bias], dim=1)
+        if name in ("image_proj.weight", "text.proj.weight"):
+            value = value.T
+        value = value.detach().flatten() if name == "cls_token" else value.detach().squeeze(0) if "pos_embed" in name else value
+        name = next(old + name.removeprefix(new) for old, new in CLIP_NAMES if name.startswith(new))
+        for old, new in CLIP_BLOCK:
+            name = name.replace(new, old)
+        found[name] = value.cpu().contiguous()
+    return found
+
+
+def read_weights(path: str, trust: bool) -> tuple[dict, dict]:
+    """({our name: tensor}, settings): a checkpoint of ours, with its configuration; or CLIP's names (OpenAI,
+    open_clip, our clip.pt; also as .safetensors), with what their shapes tell. Raises UserError.
+
+    OpenAI's files are TorchScript, which is a program: `trust` runs it."""
+    try:
+        if path.endswith(".safetensors"):
+            saved = read_safetensors(path)
+        elif zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()):
+            if not trust:
+                raise common.UserError(f"{path} is TorchScript, a program (OpenAI's files are); --trust runs it")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)                  # TorchScript is deprecated
+                saved = torch.jit.load(path, map_location="cpu").state_dict()
+        else:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise common.UserError(f"no file {path}") from error
+    except common.UserError:
+        raise
+    except Exception as error:                           # zip, pickle, json or torch, according to the file
+        raise common.UserError(f"{path} is no file of weights: {common.why(error)}") from error
+    if isinstance(saved, dict) and "method" in saved:
+        if saved["method"] != "flip":
+            raise common.UserError(f"{path} is of {saved['method']}.py, which has no text tower")
+        return saved["model"], saved["config"]
+    state = saved.get("state_dict", saved) if isinstance(saved, dict) else saved
+    if not isinstance(state, dict) or not all(isinstance(n, str) and torch.is_tensor(v) for n, v in state.items()):
+        raise common.UserError(f"{path} holds no weights")
+    state = {name.removeprefix("module.").removeprefix("text."): value for name, value in state.items()}
+    state = from_clip({n: v for n, v in state.items() if n not in ("input_resolution", "context_length", "vocab_size", "attn_mask")})
+    return state, described(state, path)
+
+
+def described(state: dict, path: str) -> dict:
+    """The settings that the shapes of CLIP's weights tell. Raises UserError."""
+    depth = lambda prefix: len({name[len(prefix):].split(".")[0] for name in state if name.startswith(prefix)})
+    try:
+        width, _, _, patch_size = state["patch_embed.proj.weight"].shape
+        vocab_size, text_width = state["text.token_embedding.weight"].shape
+        return dict(
+            embed_dim=width, depth=depth("blocks."), num_heads={1280: 16, 1664: 16}.get(width, width // 64),   # H: 80 a head
+            text_width=text_width, text_depth=depth("text.blocks."), text_heads=text_width // 64, vocab_size=vocab_size,
+            proj_dim=len(state["image_proj.weight"]), text_length=state["text.pos_embed"].shape[1], patch_size=patch_size,
+            image_size=patch_size * round((state["pos_embed"].shape[1] - 1) ** 0.5), text_cls=True,
+            mlp_ratio=len(state["blocks.0.mlp.fc1.bias"]) / width)
+    except (KeyError, ValueError) as error:
+        raise common.UserError(f"{path} is neither a checkpoint of flip.py nor a CLIP: no {error}") from error
+
+
+def read_safetensors(path: str) -> dict:
+    """{name: tensor}: eight bytes that say how long the JSON header is, the header, the numbers."""
+    data = memoryview(Path(path).read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+    return {name: torch.frombuffer(bytearray(data[8 + length:][slice(*about["data_offsets"])]), dtype=kinds[about["dtype"]])
+            .view(about["shape"]) for name, about in json.loads(bytes(data[8:8 + length])).items() if name != "__metadata__"}
+
+
+def load_weights(model: FLIP, state: dict, path: str):
+    """Put the weights of `read_weights` into a model; positions of another grid are resized (bicubic). Raises
+    UserError unless they fit exactly; only the decoder of --reconstruction may be missing or too much."""
+    decoder = ("decoder", "mask_token")
+    state = {name: value for name, value in state.items() if model.reconstruction or not name.startswith(decoder)}
+    if "pos_embed" in state:
+        state["pos_embed"] = resize_positions(state["pos_embed"], model.grid)
+    own = model.state_dict()
+    missing = {name for name in own.keys() - state.keys() if not name.startswith(decoder)}
+    misfits = {name for name in own.keys() & state.keys() if own[name].shape != state[name].shape}
+    if missing or misfits or state.keys() - own.keys():
+        sizes = [f"{name} {list(state[name].shape)}, not {list(own[name].shape)}" for name in sorted(misfits)[:3]]
+        raise common.UserError(f"{path} does not fit: missing {sorted(missing)[:3]}, unexpected {sorted(state.keys() - own.keys())[:3]}, "
+                               f"of another size {sizes}; check --towers (clip has norm_pre), --model, --patch-size and the text's flags")
+    model.load_state_dict(state, strict=False)
+    common.say(f"{path}: {len(state)} tensors loaded")
+
+
+# ------------------------------------------------------------------- zero-shot accuracy, retrieval
+@torch.no_grad()
+def text_features(model: FLIP, texts, tokenizer: Tokenizer, device):
+    """n texts -> (n, E)."""
+    return torch.cat([model.encode_text(tokenizer.all(texts[i:i + 500]).to(device)) for i in range(0, len(texts), 500)])
+
+
+def class_features(model: FLIP, prompts, tokenizer: Tokenizer, device):
+    """The texts of each class -> (classes, E): the mean of their features, of length 1 (CLIP)."""
+    features = text_features(model, [text for texts in prompts for text in texts], tokenizer, device)
+    means = [part.mean(dim=0) for part in features.split([len(texts) for texts in prompts])]
+    return F.normalize(torch.stack(means), dim=-1)
+
+
+def recall(similarity, truth, ks=(1, 5, 10)) -> list[float]:
+    """similarity (n, m), truth (n, m) bool: in percent, how many rows have one that is true among the k largest."""
+    order = similarity.argsort(dim=1, descending=True)[:, :max(ks)]
+    hits = truth.gather(1, order)                                               # (n, at most 10)
+    return [100 * hits[:, :k].any(dim=1).float().mean().item() for k in ks]
+
+
+def score(model: FLIP, source: Source, cfg: Config, tokenizer: Tokenizer, device) -> dict:
+    """Zero-shot accuracy and retrieval, printed and returned, in percent; of whole pictures."""
+    found, size = {}, {"size": cfg.image_size, "device": device, "workers": cfg.workers}
+    if source.labelled is not None:
+        images, labels = common.features(model.encode_image, source.labelled, **size)
+        logits = images @ class_features(model, source.prompts, tokenizer, device).T           # (n, classes)
+        top = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        groups = {"": torch.ones_like(labels, dtype=torch.bool)}
+        if source.held_out is not None:
+            held_out = torch.from_numpy(source.held_out).to(device)[labels]
+            groups |= {"_seen": ~held_out, "_held_out": held_out}
+        for name, of in groups.items():
+            found[f"zero_shot{name}"] = 100 * top[of, 0].float().mean().item()
+        found["zero_shot_top5"] = 100 * top.any(dim=1).float().mean().item()
+        common.say(f"zero-shot, {logits.shape[1]} classes, {len(labels)} pictures, chance {100 / logits.shape[1]:.1f} %: " + ", ".join(
+            f"{name.removeprefix('zero_shot').strip('_').replace('_', ' ') or 'top-1'} {value:.1f} %" for name, value in found.items()))
+    if source.retrieval is not None:
+        images, rows = common.features(model.encode_image, source.retrieval, **size)
+        captions = [source.retrieval.texts(row) for row in rows.tolist()]
+        owner = torch.tensor([i for i, texts in enumerate(captions) for _ in texts], device=device)
+        texts = text_features(model, [text for texts in captions for text in texts], tokenizer, device)
+        truth = owner == torch.arange(len(images), device=device)[:, None]      # (pictures, captions)
+        recalls = {"image_to_text": recall(images @ texts.T, truth), "text_to_image": recall(texts @ images.T, truth.T)}
+        found |= {f"{name}_{k}": value for name, values in recalls.items() for k, value in zip((1, 5, 10), values)}
+        common.say(f"retrieval, {len(images)} pictures, {len(texts)} captions, recall@1/5/10: " + ", ".join(
+            f"{name.replace('_', ' ')} {'/'.join(f'{v:.1f}' for v in values)} %" for name, values in recalls.items()))
+    return found
+
+
+def examples(source: Source, count: int = 8) -> tuple[common.Pictures, list[str]]:
+    """A few pictures, spread over what is scored (None: nothing is), and a text of each."""
+    pictures = source.retrieval or source.labelled
+    if pictures is None:
+        return None, []
+    rows = np.linspace(0, len(pictures) - 1, min(count, len(pictures))).astype(int)
+    texts = [source.retrieval.texts(i)[0] if source.retrieval else source.prompts[pictures.labels[i]][0] for i in rows]
+    return pictures, texts
+
+
+@torch.no_grad()
+def picture(model: FLIP, images, texts: list[str], ids, path):
+    """Write the cosines of images (n, 3, H, W), normalised, and texts, their ids (n, T), as a table with the pictures
+    above; blue is the least, yellow the greatest."""
+    cosine = (model.encode_text(ids) @ model.encode_image(images).T).cpu()       # (texts, images)
+    mean, std = common.mean_std("cpu")
+    left, side = 8 + 6 * min(60, max(map(len, texts))), 64
+    sheet = Image.new("RGB", (left + side * len(images), side + 20 * len(texts)), "white")
+    draw, (low, high) = ImageDraw.Draw(sheet), cosine.aminmax()
+    for i, image in enumerate(images.cpu()):
+        tile = v2.functional.to_pil_image((image * std + mean).clamp(0, 1)).resize((side - 2, side - 2))
+        sheet.paste(tile, (left + side * i + 1, 1))
+    for row, (text, values) in enumerate(zip(texts, cosine)):
+        top = side + 20 * row
+        draw.text((4, top + 4), text[:60].encode("ascii", "replace").decode(), fill="black")
+        for i, value in enumerate(values):
+            share = float((value - low) / (high - low).clamp(min=1e-6))
+            colour = tuple(int(a + share * (b - a)) for a, b in zip((30, 30, 110), (255, 230, 60)))
+            draw.rectangle((left + side * i + 1, top + 1, left + side * (i + 1) - 2, top + 18), fill=colour)
+            draw.text((left + side * i + 18, top + 4), f"{value:.2f}", fill="black" if share > 0.5 else "white")
+    sheet.save(path)
+
+
+def score_weights(cfg: Config) -> dict:
+    """--zero-shot: score weights on --data. The towers are those of the file."""
+    device = common.start(cfg.seed)
+    state, told = read_weights(cfg.zero_shot, cfg.trust)
+    if "norm_pre.weight" in state and cfg.towers == "flip" == told.get("towers", "flip"):
+        raise common.UserError(f"{cfg.zero_shot} has CLIP's towers: --towers clip (OpenAI's, QuickGELU) or open_clip (most others)")
+    names = (*SIZE_FIELDS, "towers", "mlp_ratio", "text_length", "text_cls", "vocab_size", "image_size", "patch_size",
+             *(() if cfg.vocab else ("vocab",)))
+    cfg = replace(cfg, **{name: told[name] for name in names if name in told})
+    tokenizer = Tokenizer(cfg)
+    model = build(cfg)
+    load_weights(model, state, cfg.zero_shot)
+    source = open_source(cfg, tokenizer)
+    return score(model.to(device), source, cfg, tokenizer, device)
+
+
+# ---------------------------------------------------------------------------------------- training
+def train(cfg: Config) -> dict:
+    """Train and measure both towers; returns the last line of metrics.jsonl. With --zero-shot, only measure."""
+    if cfg.zero_shot:
+        return score_weights(cfg)
+    device = common.start(cfg.seed)
+    tokenizer = Tokenizer(cfg)
+    source = open_source(cfg, tokenizer)
+    data = source.data
+    data.pretrain.transform = common.augment(cfg.image_size, cfg.crop_scale)
+    model = build(cfg).to(device)
+    if cfg.init:
+        load_weights(model, read_weights(cfg.init, cfg.trust)[0], cfg.init)
+    optimizer = torch.optim.AdamW(common.parameter_groups(model, cfg.weight_decay, ("pos_embed", "text.pos_embed")),
+                                  betas=(0.9, 0.95), fused=True)                    # table 10
+    steps_per_epoch, peak_lr = common.plan(cfg, len(data.pretrain))
+    run = common.Run("flip", cfg, model, optimizer, steps_per_epoch)
+    patches = model.grid[0] * model.grid[1]
+    common.say(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters, "
+               f"{int(patches * (1 - cfg.mask_ratio))} of {patches} patches kept: "
+               f"{multiplications(cfg, cfg.mask_ratio) / multiplications(cfg, 0):.2f} of the multiplications")
+    if cfg.compile:
+        model.embed = torch.compile(model.embed)
+    network = DistributedDataParallel(model) if common.world() > 1 else model
+    amp = common.autocast(device, cfg.precision)
+    pictures, texts = examples(source)
+    if pictures is not None:
+        sample = common.sample(pictures, cfg.image_size, len(texts), device), texts, tokenizer.all(texts).to(device)
+    batches = iter(data.pretrain.batches(cfg, run.first, run.last))
+
+    for step in run.steps():
+        lr = common.learning_rate(step, cfg.warmup_epochs * steps_per_epoch, run.total, peak_lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        noise = common.uniform(cfg, step, patches + cfg.text_length, device)     # (parts, B, N + T)
+        parts = [(common.to_device(images, device), ids.to(device), noise[part])
+                 for part, (images, ids, *_) in enumerate(itertools.islice(batches, cfg.accumulate))]
+        cached = None
+        if cfg.accumulate > 1:                           # every pair is a negative of all others of the step
+            with torch.no_grad(), amp:
+                cached = [torch.stack(features) for features in list(zip(*(model.embed(*part) for part in parts)))[:2]]
+        for i, part in reversed(list(enumerate(parts))):        # the first one last
+            with network.no_sync() if common.world() > 1 and i else contextlib.nullcontext():      # gradients travel once
+                with amp:
+                    loss, *_ = network(*part, cached, i)
+                loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, math.log(100))
+        if run.end_step(step, loss.detach(), lr) and common.rank() == 0 and texts:
+            picture(model, *sample, run.folder / "similarity.png")
+
+    encoder = {name: value for name, value in model.state_dict().items() if not name.startswith(model.thrown_away)}
+    metrics = run.finish(encoder, {"pixels": common.shrunk_pixels, "trained": mean_token(model),
+                                   "untrained": mean_token(build(cfg).to(device))}, data,
+                         score(model, source, cfg, tokenizer, device))
+    if cfg.towers != "flip" and common.rank() == 0:
+        common.save_whole(to_clip(model), run.folder / "clip.pt")
+        common.say(f"wrote {run.folder}/clip.pt, all weights in CLIP's names")
+    common.say(f"try next: python flip.py --zero-shot {run.folder}/checkpoint.pt --data {cfg.data}")
+    return metrics
+
+
+def main(argv=None) -> dict:
+    with common.launched():
+        return train(common.parse(Config, PRESETS, argv, __doc__))
+
+
+if __name__ == "__main__":
+    main()

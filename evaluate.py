@@ -162,6 +162,7 @@ PRESETS = {
                                                      min_lr=0.0, weight_decay=0.3, beta2=0.95, layer_decay=1.0,
                                                      erasing=0.0, ema=0.9999),                # MAE, table 11
                  "imagenet-amt": FINETUNE | dict(base_lr=1e-3, layer_decay=0.75),             # its release
+                 "imagenet-flip": FINETUNE | dict(base_lr=5e-5, epochs=50, layer_decay=0.75, drop_path=0.2),     # table 12, L
                  "imagenet-maskdistill": DISTILLED, "imagenet-dtm": DISTILLED,
                  "imagenet-maskdistill-large": DISTILLED | dict(epochs=50, warmup_epochs=5, layer_decay=0.8,
                                                                 drop_path=0.2)},

@@ -63,13 +63,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw                                      # comes with torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchvision import datasets
 from torchvision.models import ResNet50_Weights
-from torchvision.transforms import v2
 from tqdm import tqdm
 
 import common
@@ -1288,25 +1286,16 @@ def examples(source: Source, count: int = 8) -> tuple[common.Pictures, list[str]
 
 @torch.no_grad()
 def picture(model: FLIP, images, texts: list[str], ids, path):
-    """Write the cosines of images (n, 3, H, W), normalised, and texts, their ids (n, T), as a table with the pictures
-    above; blue is the least, yellow the greatest."""
-    cosine = (model.encode_text(ids) @ model.encode_image(images).T).cpu()       # (texts, images)
-    mean, std = common.mean_std("cpu")
-    left, side = 8 + 6 * min(60, max(map(len, texts))), 64
-    sheet = Image.new("RGB", (left + side * len(images), side + 20 * len(texts)), "white")
-    draw, (low, high) = ImageDraw.Draw(sheet), cosine.aminmax()
-    for i, image in enumerate(images.cpu()):
-        tile = v2.functional.to_pil_image((image * std + mean).clamp(0, 1)).resize((side - 2, side - 2))
-        sheet.paste(tile, (left + side * i + 1, 1))
-    for row, (text, values) in enumerate(zip(texts, cosine)):
-        top = side + 20 * row
-        draw.text((4, top + 4), text[:60].encode("ascii", "replace").decode(), fill="black")
-        for i, value in enumerate(values):
-            share = float((value - low) / (high - low).clamp(min=1e-6))
-            colour = tuple(int(a + share * (b - a)) for a, b in zip((30, 30, 110), (255, 230, 60)))
-            draw.rectangle((left + side * i + 1, top + 1, left + side * (i + 1) - 2, top + 18), fill=colour)
-            draw.text((left + side * i + 18, top + 4), f"{value:.2f}", fill="black" if share > 0.5 else "white")
-    sheet.save(path)
+    """Write the images (n, 3, H, W), normalised, and below them, for each text, of ids (n, T), its cosine with
+    each of them as a colour."""
+    cosine = model.encode_text(ids) @ model.encode_image(images).T              # (texts, images)
+    low, high = cosine.min(), cosine.max()
+    share = ((cosine - low) / (high - low).clamp(min=1e-6)).view(len(texts), -1, 1, 1, 1)
+    mean, std = common.mean_std(images.device)
+    cold, warm = ((torch.tensor(c, device=images.device).view(3, 1, 1) / 255 - mean) / std for c in ((30, 30, 110), (255, 230, 60)))
+    tiles = (cold + share * (warm - cold)).expand(-1, -1, -1, images.shape[-2] // 4, images.shape[-1])
+    rows = {f"{number}. {text.encode('ascii', 'replace').decode()}": row for number, (text, row) in enumerate(zip(texts, tiles), 1)}
+    common.save_rows(path, {f"pictures 1 to {len(images)}; cosines: blue {low:.2f}, yellow {high:.2f}": images} | rows)
 
 
 def score_weights(cfg: Config) -> dict:

@@ -1,17 +1,21 @@
-"""How fast is it? Run by hand: `python tests/benchmark.py train`, `... data` or `... features`.
+"""How fast is it? Run by hand: `python tests/benchmark.py train`, or `... batch`, `... data`, `... morph`, `... features`.
 
 train   one optimiser step of MAE (ViT-B/16, 224 pixels, 75 % hidden, decoder 8 x 512), or with --method
-        maskdistill or dtm of a ViT-B/16 student and a teacher like CLIP's ViT-B/16, ours and the peers', each in
+        maskdistill or dtm of a ViT-B/16 student and a teacher like CLIP's ViT-B/16, or with --method flip of both of
+        CLIP's towers at three mask ratios, ours and the peers', each in
         a process of its own, taking turns on the same pictures; fused AdamW for all. Printed: images/s,
-        the ratio to ours (median over the rounds), FLOP/s counted for each as a share of what a large
+        the ratio to the first (median over the rounds), FLOP/s counted for each as a share of what a large
         matrix product reaches in the same rounds, and peak memory. Ours begins as its scripts do, with
         `common.start`.
+batch   the largest batch with which a step of FLIP fits into --memory GiB, at three mask ratios.
 data    images/s on one core: decoding, cropping, and both on JPEGs that `common.py shrink` has made
         small, beside the usual Pillow loader. --folder: real pictures; else it draws 500 x 375 ones.
+morph   DTM's matching and its loss with gradient, alone, beside the dense formulation: matrices (B, n, N) that
+        say which group a token is in, and multiply.
 features  images/s of `evaluate.py`'s features of the test set of --folder by --checkpoint, reading
         included, and its share of what the encoder's forward pass reaches on pictures at hand.
 
-Peers, none needed by the project itself: pip install transformers timm vit-pytorch
+Peers, none needed by the project itself: pip install transformers timm vit-pytorch open_clip_torch
 """
 
 import argparse
@@ -35,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 import dtm
 import evaluate
+import flip
 import mae
 import maskdistill
 
@@ -119,7 +124,29 @@ def our_morphing(size, morphs=2):
     return model, lambda model, images: model(images, teacher, drawn=dtm.schedules(cfg, 196, next(steps), morphs))[0]
 
 
-CONTESTANTS = {"mae": {"ours": ours, "timm blocks": timm_blocks, "transformers": transformers, "vit-pytorch": vit_pytorch},
+def our_pairs(size, mask_ratio):
+    """FLIP with open_clip's towers: 77 ids of 49,408; captions are drawn anew for each step."""
+    model = flip.FLIP(224, 16, *flip.SIZES[size], 49408, 77, mask_ratio=mask_ratio, towers="open_clip")
+    return model, lambda model, images: model(images, captions(images))[0]
+
+
+def open_clip_pairs(size, mask_ratio):
+    import open_clip
+    model = open_clip.create_model(f"ViT-{size[0].upper()}-16", force_patch_dropout=mask_ratio)
+    loss = open_clip.ClipLoss()
+    return model, lambda model, images: loss(*model(images, captions(images)))
+
+
+def captions(images):
+    """As many captions of 12 words: start 49406, words, end 49407, padding."""
+    ids = torch.randint(1, 49406, (len(images), 77), device=images.device)
+    ids[:, 0], ids[:, 13], ids[:, 14:] = 49406, 49407, 0
+    return ids
+
+
+FLIPS = {f"{name}, {ratio:.0%} masked": functools.partial(make, mask_ratio=ratio) for ratio in (0.0, 0.5, 0.75)
+         for name, make in (("ours", our_pairs), ("open_clip", open_clip_pairs))}
+CONTESTANTS = {"flip": FLIPS, "mae": {"ours": ours, "timm blocks": timm_blocks, "transformers": transformers, "vit-pytorch": vit_pytorch},
                "maskdistill": {"ours": our_student, "transformers": transformers_student},
                "dtm": {"ours": our_morphing, "no morphing": functools.partial(our_morphing, morphs=0)}}
 
@@ -161,7 +188,7 @@ def clock(function, device):
 
 def serve(name, args, pipe):
     """The process of one contestant: a step each time it is asked for one."""
-    if name == "ours":
+    if name.startswith("ours"):
         common.start(0)
     plain = argparse.Namespace(**vars(args) | {"compile": False, "precision": "fp32", "device": "cpu"})
     pipe.send(Contestant(name, plain).flops(torch.randn(2, 3, 224, 224)))      # not of compiled code
@@ -193,13 +220,37 @@ def train(args):
     print(f"\n{args.method}, {args.model}/16, batch {args.batch}, {args.precision}, {'compiled' if args.compile else 'eager'}, "
           f"{args.rounds} rounds, {device_name(args.device)}, torch {torch.__version__}\n"
           f"{n}^3 matrix product: {rate / 1e9:.0f} GFLOP/s (median; {min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f})\n"
-          f"{'':14}images/s   x ours   GFLOP/image   share of the matrix product   peak GiB")
+          f"{'':24}images/s  x first   GFLOP/image   share of the matrix product   peak GiB")
     for name, seconds in times.items():
         speed = args.batch / statistics.median(seconds)
-        ratio = statistics.median(a / b for a, b in zip(times["ours"], seconds)) if "ours" in times else float("nan")
+        first = next(iter(times))                        # ours, of FLIP's with whole pictures
+        ratio = statistics.median(a / b for a, b in zip(times[first], seconds))
         pipes[name].send(0)
-        print(f"{name:14}{speed:8.2f}{ratio:9.2f}{flops[name] / 1e9:14.2f}{100 * speed * flops[name] / rate:14.0f} %"
+        print(f"{name:24}{speed:8.2f}{ratio:9.2f}{flops[name] / 1e9:14.2f}{100 * speed * flops[name] / rate:14.0f} %"
               f"{pipes[name].recv():26.2f}")
+
+
+def peak(args, ratio, batch, pipe):
+    common.start(0)
+    team = Contestant(f"ours, {ratio:.0%} masked", args)
+    for _ in range(2):
+        team.step(torch.randn(batch, 3, 224, 224, device=args.device))
+    pipe.send(torch.cuda.max_memory_allocated() / 2 ** 30 if args.device == "cuda"
+              else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
+
+
+def batch(args):
+    def measured(ratio, size):
+        ours, theirs = multiprocessing.Pipe()
+        worker = multiprocessing.get_context("spawn").Process(target=peak, args=(args, ratio, size, theirs))
+        worker.start(), worker.join()
+        return ours.recv()
+    args.method = "flip"
+    print(f"FLIP, {args.model}/16, {args.precision}, {device_name(args.device)}: the largest batch in {args.memory} GiB, and its peak")
+    for ratio in (0.0, 0.5, 0.75):
+        less, more = measured(ratio, 8), measured(ratio, 24)                    # it grows with the batch evenly
+        size = int(8 + 16 * (args.memory - less) / (more - less))
+        print(f"{ratio:4.0%} masked: {size:4} pairs, {measured(ratio, size):.2f} GiB", flush=True)
 
 
 def data(args):
@@ -235,6 +286,55 @@ def data(args):
             print(f"{name:26}{len(big) / statistics.median(seconds):8.0f}")
 
 
+def dense_match(tokens, rounds):
+    """The groups of `dtm.match` as matrices (B, n, N): each round merges tokens and, with them, the rows."""
+    B, N, C = tokens.shape
+    x, groups = tokens, torch.eye(N).expand(B, N, N)
+    for r in rounds:
+        unit = x / x.norm(dim=-1, keepdim=True)
+        similarity = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)
+        best, partner = similarity.max(dim=2)
+        order = best.argsort(dim=1, descending=True)
+        merged, rest = order[:, :r], order[:, r:].sort(dim=1).values
+        to = partner.gather(1, merged)
+
+        def join(v):
+            rows = lambda index: index.unsqueeze(-1).expand(-1, -1, v.shape[-1])
+            a, b = v[:, ::2], v[:, 1::2]
+            return torch.cat([a.gather(1, rows(rest)), b.scatter_add(1, rows(to), a.gather(1, rows(merged)))], dim=1)
+        x, groups = join(x), join(groups)
+    return groups
+
+
+def dense_loss(online, target, groups):
+    mean = groups / groups.sum(dim=2, keepdim=True)
+    morphed = (groups.transpose(1, 2) @ (mean @ x) for x in (online, target))   # merge, and give each token its group's mean
+    return F.smooth_l1_loss(*morphed, beta=2.0)
+
+
+def morph(args):
+    torch.set_num_threads(1)
+    random = torch.Generator().manual_seed(0)
+    online, target = (torch.randn(args.batch, 196, 512, generator=random) for _ in range(2))
+    rounds = [14] * 7
+    online.requires_grad_()
+    labels, n, _ = dtm.match(target, rounds)
+    groups = dense_match(target, rounds)
+    ours, dense = dtm.morph_loss(online, target, labels, n), dense_loss(online, target, groups)
+    assert abs(ours - dense) < 1e-5 * dense, (ours, dense)
+    jobs = {"match": lambda: dtm.match(target, rounds), "match, dense": lambda: dense_match(target, rounds),
+            "loss": lambda: dtm.morph_loss(online, target, labels, n).backward(),
+            "loss, dense": lambda: dense_loss(online, target, groups).backward()}
+    times = {name: [] for name in jobs}
+    for _ in range(args.rounds):
+        for name, job in jobs.items():
+            times[name].append(1e3 * clock(job, "cpu"))
+    print(f"batch {args.batch}, 196 tokens of width 512, 7 rounds of 14; one thread of {device_name('cpu')}; ms, median of {args.rounds}")
+    for name, values in times.items():
+        other = times[name.split(",")[0]]
+        print(f"{name:14}{statistics.median(values):8.1f}{statistics.median(a / b for a, b in zip(values, other)):8.2f} x ours")
+
+
 @torch.no_grad()
 def features(args):
     cfg = evaluate.Config("knn", args.checkpoint, args.folder, workers=1)
@@ -262,11 +362,12 @@ def device_name(device):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["train", "data", "features"])
+    parser.add_argument("what", choices=["train", "batch", "data", "morph", "features"])
     parser.add_argument("--method", default="mae", choices=list(CONTESTANTS))
     parser.add_argument("--model", default="base", choices=list(mae.SIZES))
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--memory", type=float, default=8.0, help="GiB, for `batch`")
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--folder", default="", help="pictures for `data` and `features`")

@@ -9,7 +9,8 @@ from conftest import ROOT
 
 METHODS = [name for name in ("mae", "maskdistill", "flip", "dtm", "amt", "supmim") if (ROOT / f"{name}.py").exists()]
 SHARED = {                                               # text that no method changes, where it is there
-    "patchify", "unpatchify", "take", "sincos_positions", "resize_positions", "PatchEmbed", "main"}
+    "patchify", "unpatchify", "take", "sincos_positions", "resize_positions", "PatchEmbed", "pixel_target",
+    "reconstruction_loss", "main"}
 DISTILLED = {"RelativePositions", "relative_rows", "relative_index", "Attention", "quick_gelu", "Mlp", "Block", "scaled",
              "VisionTransformer", "block_masking", "random_masking", "hog", "Teacher", "download", "read_weights",
              "clip_to_timm", "load_teacher", "resize_relative", "Classifier", "train_teacher", "open_teacher", "flat"}
@@ -28,6 +29,8 @@ def test_shared_text(name):
     assert {"Config", "build", "train", "main"} <= ours.keys()
     differ = {part for part in SHARED & ours.keys() & model.keys() if ours[part].replace(name, "mae") != model[part]}
     assert not differ
+    if name == "flip":                                   # maskdistill.py's random_masking is another
+        assert ours["random_masking"] == model["random_masking"] and ours["quick_gelu"] == parts("maskdistill")["quick_gelu"]
     if name == "dtm":
         other = parts("maskdistill")
         assert not {part for part in DISTILLED if ours[part].replace(name, "maskdistill") != other[part]}

@@ -69,9 +69,9 @@ def launched():
     """Around a command: a user's mistake ends in one line and exit status 2, Ctrl-C in 130."""
     try:
         yield
-    except (UserError, OSError) as error:                # OSError: a disk that is full or read-only
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:    # once a machine: it may be this one's disk
-            tqdm.write(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:                # OSError: a disk that is full, a shard without pairs
+        if isinstance(error, OSError) or int(os.environ.get("LOCAL_RANK", 0)) == 0:      # maybe this process's alone
+            tqdm.write(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)     # a loader's end a traceback
         sys.exit(2)
     except KeyboardInterrupt:
         if rank() == 0:
@@ -263,10 +263,10 @@ class Pictures(Dataset):
                 picture = self.transform(picture)
         return picture, int(self.labels[index]), index
 
-    def centred(self, size: int):
+    def centred(self, size: int, margin: bool = True):
         """The same pictures, not augmented: their centres, for evaluation."""
         pictures = copy.copy(self)
-        pictures.transform = Centre(size)
+        pictures.transform = Centre(size, margin)
         return pictures
 
 
@@ -294,15 +294,15 @@ def augment(size: int, scale: float, jitter: float = 0.0):
 
 class Centre:
     """For evaluation: the centre, size x size; large pictures are first shrunk to size / 0.875, or, for
-    sizes above 224, until their shorter side fits."""
+    sizes above 224 or without margin, until their shorter side fits."""
 
-    def __init__(self, size: int):
-        self.size = size
+    def __init__(self, size: int, margin: bool = True):
+        self.size, self.margin = size, margin
 
     def __call__(self, picture):
         if picture.shape[-2:] == (self.size, self.size):
             return picture
-        wanted = round(self.size / 0.875) if self.size <= 224 else self.size
+        wanted = round(self.size / 0.875) if self.size <= 224 and self.margin else self.size
         short = max(self.size, min(*picture.shape[-2:], wanted))
         picture = v2.functional.resize(picture, [short], v2.InterpolationMode.BICUBIC)
         return v2.functional.center_crop(picture, [self.size])
@@ -726,7 +726,7 @@ class Run:
 # ------------------------------------------------------------------------------------------- k-NN
 @torch.no_grad()
 def features(encode, pictures: Pictures, size: int, device, batch_size: int = 500, workers: int = 0,
-             limit: int = 0):
+             limit: int = 0, margin: bool = True):
     """encode() of the pictures' centres (of at most `limit` of them, evenly spread; 0: of all).
 
     Each process encodes its share, all get everything: features fp32 (n, D) and labels (n,) on the
@@ -735,7 +735,7 @@ def features(encode, pictures: Pictures, size: int, device, batch_size: int = 50
     chosen = np.linspace(0, len(pictures) - 1, count).round().astype(int)
     mine = np.arange(rank(), count, world()) if rank() < count else np.arange(1)     # at least one
     rows = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
-    batches = loader(pictures.centred(size), [[(0, i) for i in chosen[r]] for r in rows], workers)
+    batches = loader(pictures.centred(size, margin), [[(0, i) for i in chosen[r]] for r in rows], workers)
     batches = tqdm(batches, "features", disable=None if rank() == 0 else True, leave=False)
     table, read = None, torch.zeros(count, device=device)
     for r, (images, _, index) in zip(rows, batches):

@@ -31,7 +31,7 @@ Against mae.py: no decoder; a text tower; pictures with captions; negatives from
 As in the released code, and not in the paper: positions of the image tower are fixed sines and cosines, the class
 token has a part in the mean, padding is attended to, pictures are flipped. Different from it: captions begin with a
 token of their own ([CLS]), so that something general is read off (--no-text-cls: the first word piece is, as released);
-exact GELU instead of its tanh approximation, and no bias that timm's ViT has not; the scale is clamped after each step,
+exact GELU instead of its tanh approximation, as in timm; the scale is clamped after each step,
 not inside the loss, where its gradient would be lost; the scale is not decayed. Not said anywhere: the decoder of the
 reconstruction (--reconstruction: here MAE's, of one block) and which text token is never masked (here the first).
 """
@@ -108,7 +108,7 @@ class Config:
     image_size: int = 32          # side of the square input in pixels
     patch_size: int = 4           # side of a patch in pixels
     crop_scale: float = 1.0       # smallest area of the random crop; 1: no crop
-    batch_size: int = 128         # pairs in a step, all processes and passes together
+    batch_size: int = 64          # pairs in a step, all processes and passes together
     accumulate: int = 1           # passes that make up a step, to save memory: each pair is embedded twice
     epochs: int = 12              # passes over the data
     epoch_pairs: int = 0          # tar shards: pairs that are called an epoch; 0: all
@@ -156,7 +156,7 @@ class Config:
 
 
 SIZE_FIELDS = ("embed_dim", "depth", "num_heads", "text_width", "text_depth", "text_heads", "proj_dim")
-SIZES = {"micro": (64, 4, 2, 64, 2, 2, 64), "tiny": (192, 12, 3, 192, 6, 3, 192),                    # ours
+SIZES = {"micro": (64, 2, 4, 64, 2, 2, 64), "tiny": (192, 12, 3, 192, 6, 3, 192),                    # ours
          "small": (384, 12, 6, 384, 12, 6, 384),                                                     # open_clip's ViT-S
          "base": (768, 12, 12, 512, 12, 8, 512), "large": (1024, 24, 16, 768, 12, 12, 768),
          "huge": (1280, 32, 16, 1024, 24, 16, 1024)}                                                 # table 9
@@ -167,16 +167,17 @@ PAPER = dict(image_size=224, patch_size=16, crop_scale=0.5, mask_ratio=0.5, weig
              workers=12, knn_pictures=20000)
 SMALL = PAPER | dict(model="tiny", batch_size=1024, epochs=100, warmup_epochs=5, base_lr=2.5e-4, workers=8)  # ours
 PRESETS = {
-    "shapes": dict(text_length=40),                                       # the defaults above; ours
-    "shapes-tune": dict(text_length=40, mask_ratio=0.0, epochs=1, warmup_epochs=0.2, base_lr=4e-4),        # ours
+    "shapes": dict(text_length=36),                                       # the defaults above; ours
+    "shapes-tune": dict(text_length=36, mask_ratio=0.0, epochs=1, warmup_epochs=0.2, base_lr=8e-4),        # ours
     "cifar10": SMALL | dict(image_size=32, patch_size=4),                                    # ours
     "cifar100": SMALL | dict(image_size=32, patch_size=4),                                   # ours
     "stl10": SMALL | dict(image_size=96, patch_size=12),                                     # ours
     "tiny-imagenet": SMALL | dict(image_size=64, patch_size=8),                              # ours
     "imagenet": PAPER | dict(model="base", batch_size=4096, epochs=30, warmup_epochs=2, base_lr=6.25e-5),   # ours
-    "laion": PAPER | dict(model="base", batch_size=65536, epochs=32, warmup_epochs=0.128, base_lr=4e-6),
-    "laion-tune": PAPER | dict(model="base", mask_ratio=0.0, batch_size=65536, epochs=1, epoch_pairs=128_000_000,
-                               warmup_epochs=0.2, base_lr=4e-8),          # table 10: 51.2M pairs, 25.6M of 128M
+    # table 10: 12.8 billion pairs, 51.2 million of warm-up; 128 and 25.6 million; in epochs of four million
+    "laion": PAPER | dict(model="base", batch_size=65536, epoch_pairs=4_194_304, epochs=3052, warmup_epochs=12.2, base_lr=4e-6),
+    "laion-tune": PAPER | dict(model="base", mask_ratio=0.0, batch_size=65536, epoch_pairs=4_000_000, epochs=32,
+                               warmup_epochs=6.4, base_lr=4e-8),
     "folder": PAPER | dict(model="small", batch_size=1024, epochs=30, warmup_epochs=2, base_lr=2.5e-4),     # ours
 }
 TEMPLATES = ("itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.",
@@ -389,10 +390,10 @@ def reconstruction_loss(prediction, target):
 
 
 class Gather(torch.autograd.Function):
-    """Features (B, E) of this process -> those of all processes (W*B, E), in the order of their ranks.
+    """Features (B, E) of this process -> those of all processes (G, E), in the order of their ranks.
 
     The gradient is the sum of what all processes have for this one's features. Each process's loss is a
-    mean over its own pairs, and DistributedDataParallel averages the gradients of W processes: so that
+    mean over its own pairs, and DistributedDataParallel averages the gradients of all processes: so that
     what comes out is the gradient of the mean over all pairs, with no factor anywhere."""
 
     @staticmethod
@@ -427,7 +428,7 @@ class FLIP(VisionTransformer):
         act, eps = {"flip": (F.gelu, 1e-6), "clip": (quick_gelu, 1e-5), "open_clip": (F.gelu, 1e-5)}[towers]
         clip = towers != "flip"
         super().__init__(image_size, patch_size, embed_dim, depth, num_heads, mlp_ratio, clip, clip, act, eps)
-        self.mask_ratio, self.text_mask_ratio, self.text_mask = mask_ratio, text_mask_ratio, text_mask
+        self.clip, self.mask_ratio, self.text_mask_ratio, self.text_mask = clip, mask_ratio, text_mask_ratio, text_mask
         self.image_proj = nn.Linear(embed_dim, proj_dim, bias=False)
         self.text = TextTower(vocab_size, text_length, text_width, text_depth, text_heads, proj_dim, clip, act, eps)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))        # its logarithm, as in CLIP
@@ -445,7 +446,7 @@ class FLIP(VisionTransformer):
     def patches(self, images):
         """Images (B, 3, H, W), normalised by common.MEAN and STD -> patches (B, N, P*P*3), normalised as the
         tower wants them."""
-        if self.text.causal:
+        if self.clip:
             scale, shift = clip_scale(images.device)
             images = images * scale + shift
         return patchify(images, self.patch_size)
@@ -456,7 +457,7 @@ class FLIP(VisionTransformer):
 
     def pooled(self, tokens):
         """Tokens (B, 1 + K, D) -> features (B, E) fp32 of length 1."""
-        x = tokens[:, 0] if self.text.causal else tokens.mean(dim=1)            # the class token, too (released code)
+        x = tokens[:, 0] if self.clip else tokens.mean(dim=1)            # the class token, too (released code)
         return F.normalize(self.image_proj(x).float(), dim=-1)
 
     def encode_image(self, images):
@@ -570,10 +571,12 @@ class WordPieces:
 
     def pieces(self, word: str) -> list[int]:
         found, at = [], 0
+        if len(word) > 100:
+            return [self.unknown]
         while at < len(word):
             ends = (end for end in range(len(word), at, -1) if "##" * (at > 0) + word[at:end] in self.number)
             end = next(ends, None)
-            if end is None or len(word) > 100:
+            if end is None:
                 return [self.unknown]
             found.append(self.number["##" * (at > 0) + word[at:end]])
             at = end
@@ -593,20 +596,26 @@ class BytePairs:
         self.number = {symbol: i for i, symbol in enumerate(symbols)}
         self.order = {pair: i for i, pair in enumerate(merges)}
         self.start, self.end, self.size = len(symbols), len(symbols) + 1, len(symbols) + 2
-        self.joined = functools.lru_cache(2 ** 16)(self.join)
+        self.known = {}
 
     def __call__(self, text: str) -> list[int]:
         text = " ".join(html.unescape(html.unescape(text)).split()).lower()
-        return [number for word in self.words(text) for number in self.joined(word)]
+        found = []
+        for word in self.words(text):
+            if word not in self.known:
+                if len(self.known) > 2 ** 16:            # the common words come back at once
+                    self.known.clear()
+                self.known[word] = self.join(word)
+            found += self.known[word]
+        return found
 
     @staticmethod
     def words(text: str):
         """Endings like 's, runs of letters, single numerals, runs of anything else but spaces."""
-        kinds = {"L": "L", "N": "N"}
-        kinds = "".join(" " if c.isspace() else kinds.get(unicodedata.category(c)[0], "o") for c in text)
-        at = 0
+        kind = lambda c: " " if c.isspace() else next((k for k in "LN" if unicodedata.category(c)[0] == k), "o")
+        kinds, at = "".join(map(kind, text)), 0
         while at < len(text):
-            end = (re.compile("'(?:s|t|re|ve|m|ll|d)").match(text, at) or re.compile("L+|N| +|o+").match(kinds, at)).end()
+            end = (ENDING.match(text, at) or RUN.match(kinds, at)).end()
             if kinds[at] != " ":
                 yield text[at:end]
             at = end
@@ -627,6 +636,7 @@ class BytePairs:
         return [self.number[part] for part in parts]
 
 
+ENDING, RUN = re.compile("'(?:s|t|re|ve|m|ll|d)"), re.compile("L+|N| +|o+")
 CHINESE = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F),
            (0x2B820, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F))            # as BERT has them
 
@@ -640,7 +650,7 @@ def open_vocabulary(path: str):
         if path.endswith(".gz"):
             return BytePairs(gzip.decompress(Path(path).read_bytes()).decode().split("\n"))
         if path.endswith(".txt"):
-            return WordPieces(Path(path).read_text(encoding="utf-8").splitlines())
+            return WordPieces(Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n"))
     except (OSError, EOFError, KeyError, ValueError) as error:
         raise common.UserError(f"no vocabulary can be read from {path}: {common.why(error)}") from error
     raise common.UserError(f"--vocab {path}: word pieces are in a .txt (BERT's vocab.txt), byte pairs in a .gz (CLIP's "
@@ -710,14 +720,17 @@ class Shards(IterableDataset):
 
     Each loader process of each training process is a stream, and reads shards of its own, in an order of
     (seed, epoch); its pairs come out of a buffer of --shuffle in random order. With fewer shards than
-    streams, all read all of them and keep every so-manieth pair. The streams' batches come in turn, so
-    that a run that goes on knows how much of the epoch each has given, and that is skipped undecoded.
+    streams, all read all of them and keep every so-manieth pair. Every pair comes once in an epoch if the
+    streams have equally many; else those that run dry begin again. The streams' batches come in turn, so
+    that a run that goes on, with as many streams, knows how much of the epoch each has given: that is read
+    over undecoded.
 
     Members of one sample stand together, with the same name up to its first dot: a picture, and .txt
     (a caption a line) or .json (caption: a string or a list). Broken pictures are replaced by others of
-    their batch; what was wrong is counted in `troubles` (streams, kinds)."""
+    their batch, which are then there twice, and negatives of themselves. What was wrong is counted in
+    `troubles` (streams, kinds), but for a shard cut off between two members: tarfile takes that for its end."""
 
-    KINDS = ("unreadable pictures", "pictures without caption", "captions without picture", "texts that are not UTF-8",
+    KINDS = ("unreadable pictures", "pictures without caption", "captions without picture", "unreadable texts",
              "damaged shards")
 
     def __init__(self, files: list[str], cfg: Config, tokenizer):
@@ -728,11 +741,20 @@ class Shards(IterableDataset):
             raise common.UserError(f"{len(lost)} of {len(files)} shards are not there: {', '.join(lost[:3])}")
         self.batch = cfg.batch_size // (common.world() * cfg.accumulate)
         self.pairs = cfg.epoch_pairs or count_pairs(files)
+        if not self.pairs:
+            raise common.UserError(f"no pair of picture and caption in {', '.join(files[:3])}")
         self.troubles = torch.zeros(common.world() * max(1, cfg.workers), len(self.KINDS), dtype=torch.int64).share_memory_()
 
     @property
     def broken(self):
-        return self.troubles.flatten()
+        return self.troubles[:, 0]
+
+    def summary(self, device) -> str:
+        """What was wrong, on all processes and in all epochs since the start."""
+        counts = self.troubles.to(device)
+        if common.world() > 1:
+            dist.all_reduce(counts, dist.ReduceOp.MAX)   # each has filled rows of its own
+        return ", ".join(f"{count} {kind}" for kind, count in zip(self.KINDS, counts.sum(dim=0).tolist()))
 
     def trouble(self, stream: int, kind: str, name: str, error=""):
         counts = self.troubles[stream]
@@ -780,13 +802,13 @@ class Shards(IterableDataset):
         order = np.random.RandomState(common.mix(self.cfg.seed, epoch)).permutation(len(self.files))
         enough = len(self.files) >= streams
         mine = [self.files[i] for i in (order[stream::streams] if enough else order)]
-        chance, buffer, found = random.Random(common.mix(self.cfg.seed, epoch, stream)), [], True
-        while found:
-            found = False
-            pairs = itertools.chain.from_iterable(self.read(file, stream) for file in mine)
-            for pair in pairs if enough else itertools.islice(pairs, stream, None, streams):
-                found = True
-                buffer.append(pair)
+        chance, buffer, met, last = random.Random(common.mix(self.cfg.seed, epoch, stream)), [], 0, -1
+        while met > last:                                # until a whole round finds nothing
+            last = met
+            for pair in itertools.chain.from_iterable(self.read(file, stream) for file in mine):
+                met += 1
+                if enough or met % streams == stream:
+                    buffer.append(pair)
                 if len(buffer) >= self.cfg.shuffle:
                     i = chance.randrange(len(buffer))
                     buffer[i], buffer[-1] = buffer[-1], buffer[i]
@@ -804,7 +826,7 @@ class Shards(IterableDataset):
             try:
                 texts = captions_of(parts)
             except ValueError as error:
-                self.trouble(stream, "texts that are not UTF-8", f"{file}: {name}", error)
+                self.trouble(stream, "unreadable texts", f"{file}: {name}", error)
                 continue
             if picture and texts:
                 yield f"{file}: {name}", picture, texts
@@ -837,7 +859,16 @@ def captions_of(parts: dict) -> list[str]:
     else:
         texts = json.loads(parts.get("json", b"{}"))
         texts = texts.get("caption") if isinstance(texts, dict) else None
-    return [text.strip() for text in ([texts] if isinstance(texts, str) else texts or []) if isinstance(text, str) and text.strip()]
+    return cleaned(texts)
+
+
+def cleaned(texts) -> list[str]:
+    """A string, a list of strings, or something else -> strings that are not empty. Raises ValueError if
+    they are not Unicode."""
+    texts = [texts] if isinstance(texts, str) else texts if isinstance(texts, list) else []
+    texts = [" ".join(text.split()) for text in texts if isinstance(text, str) and text.strip()]
+    "".join(texts).encode()                              # half of a surrogate pair is not
+    return texts
 
 
 def expand(pattern: str) -> list[str]:
@@ -850,7 +881,7 @@ def expand(pattern: str) -> list[str]:
             names = [f"{part[:number.start()]}{i:0{len(low)}}{part[number.end():]}" for i in range(int(low), int(high) + 1)]
             found += [name for p in names for name in expand(p)]
         else:
-            found += sorted(map(str, Path(part).glob("*.tar*"))) if Path(part).is_dir() else sorted(glob.glob(part)) or [part]
+            found += tars_in(Path(part)) or sorted(glob.glob(part)) or [part]
     return found
 
 
@@ -890,8 +921,17 @@ class Source(NamedTuple):
     held_out: np.ndarray | None = None         # (classes,) bool: those of shapes that are not trained on
 
 
+TAR = re.compile(r"\.(tar|tar\.\w+|tgz)$")
+
+
 def is_shards(where: str) -> bool:
-    return ".tar" in where or Path(where).is_dir() and any(Path(where).glob("*.tar*"))
+    """Tar files, or a folder of them; not one that has its pictures in train/, too, like ImageNet's."""
+    part = where.split("::")[0]
+    return bool(TAR.search(part)) or tars_in(Path(part)) != [] and not Path(part, "train").is_dir()
+
+
+def tars_in(folder: Path) -> list[str]:
+    return sorted(str(path) for path in folder.iterdir() if TAR.search(path.name)) if folder.is_dir() else []
 
 
 def is_listed(where: str) -> bool:
@@ -913,7 +953,7 @@ def listed(where: str, root: str) -> tuple[list, list]:
     .csv or .tsv; a .json of COCO's captions, of Karpathy's splits, or a list; a folder with texts beside the
     pictures, or with such train/ and val/. What is incomplete is left out and counted. Raises UserError."""
     path, found = Path(where), []
-    counts = dict.fromkeys(("pictures without caption", "captions without picture", "texts that are not UTF-8"), 0)
+    counts = dict.fromkeys(("pictures without caption", "captions without picture", "unreadable texts"), 0)
     root = Path(root) if root or path.is_dir() else path.parent
     try:
         if path.is_dir():
@@ -923,23 +963,27 @@ def listed(where: str, root: str) -> tuple[list, list]:
             parts = json_rows(json.loads(path.read_bytes())) if path.suffix == ".json" else [table_rows(path)]
         for rows in parts:
             pairs = {}
-            for picture, text in rows:                   # a picture with several captions has several rows
-                text = " ".join((text or "").split())
-                if not picture:
-                    counts["captions without picture"] += bool(text)
-                    continue
-                texts = pairs.setdefault(str(root / picture), [])
-                if any("\ud800" <= c <= "\udfff" for c in text):
-                    counts["texts that are not UTF-8"] += 1
-                elif text:
-                    texts.append(text)
+            for picture, texts in rows:                  # a picture with several captions may have several rows
+                try:
+                    texts = cleaned(texts)
+                except ValueError:
+                    counts["unreadable texts"] += 1
+                    texts = []
+                if picture:
+                    pairs.setdefault(str(root / picture), []).extend(texts)
+                else:
+                    counts["captions without picture"] += len(texts)
             counts["pictures without caption"] += sum(not texts for texts in pairs.values())
             found.append([pair for pair in pairs.items() if pair[1]])
-    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error) as error:
         raise common.UserError(f"{where} cannot be read as pairs of picture and caption: {type(error).__name__} "
                                f"{common.why(error)}") from error
-    if not found[0]:
+    if not any(found):
         raise common.UserError(f"no pair of picture and caption in {where}")
+    first = [path for path, _ in (found[0] or found[1])[:100]]
+    if not any(map(os.path.isfile, first)):
+        raise common.UserError(f"none of the first {len(first)} pictures of {where} is there, e.g. {first[0]}; "
+                               "--image-root says what its paths start from")
     common.say(f"{where}: {' and '.join(f'{len(pairs)} pictures' for pairs in found)} with captions; left out: "
                + ", ".join(f"{count} {kind}" for kind, count in counts.items()))
     return found[0], found[1] if len(found) > 1 else []
@@ -959,7 +1003,7 @@ def column_rows(rows, names):
     picture, text = (next((name for name in names if name and name.lower().strip() in known), None) for known in COLUMNS)
     if not picture or not text:
         raise ValueError(f"it has the columns {list(names)}; one of {COLUMNS[0]} and one of {COLUMNS[1]} are needed")
-    return ((row[picture], row[text]) for row in rows)
+    return ((row.get(picture), row.get(text)) for row in rows)
 
 
 COLUMNS = (("filepath", "image", "path", "file_name", "filename", "image_path", "file"), ("title", "caption", "text", "captions"))
@@ -968,16 +1012,16 @@ COLUMNS = (("filepath", "image", "path", "file_name", "filename", "image_path", 
 def json_rows(content) -> list:
     """[rows], or [rows to train on, rows to test on], of (picture, caption)."""
     if isinstance(content, list):
-        return [column_rows(content, content[0])]
+        return [column_rows(content, dict.fromkeys(name for row in content for name in row))]
     if "annotations" in content:                         # COCO: images {id, file_name}, annotations {image_id, caption}
         name = {image["id"]: image["file_name"] for image in content["images"]}
         captioned = ((name.get(a["image_id"]), a["caption"]) for a in content["annotations"])
-        return [itertools.chain(((file, "") for file in name.values()), captioned)]
+        return [itertools.chain(((file, None) for file in name.values()), captioned)]
     parts = {"train": [], "test": [], "val": []}         # Karpathy: images {filepath, filename, split, sentences {raw}}
     parts["restval"] = parts["train"]
     for image in content["images"]:
         path = os.path.join(image.get("filepath", ""), image["filename"])
-        parts[image["split"]] += [(path, sentence["raw"]) for sentence in image["sentences"]]
+        parts[image["split"]].append((path, [sentence["raw"] for sentence in image["sentences"]]))
     return [parts["train"], parts["test"]]
 
 
@@ -989,9 +1033,9 @@ def folder_rows(folder: Path, counts: dict):
         try:
             texts = captions_of({text.suffix[1:]: text.read_bytes()}) if text else []
         except ValueError:
-            counts["texts that are not UTF-8"] += 1
+            counts["unreadable texts"] += 1
             continue
-        yield from ((picture, text) for text in texts or [""])
+        yield picture, texts
     counts["captions without picture"] += len(lonely)
 
 
@@ -1000,7 +1044,7 @@ def pairs_to_score(where: str, cfg: Config) -> list:
     if not is_shards(where):
         train, test = listed(where, cfg.image_root)
         return test or train
-    shards, centre, found = Shards(expand(where), replace(cfg, epoch_pairs=1), None), common.Centre(cfg.image_size), []
+    shards, centre, found = Shards(expand(where), replace(cfg, epoch_pairs=1), None), common.Centre(cfg.image_size, margin=False), []
     for file in shards.files:
         for name, data, captions in itertools.islice(shards.read(file, 0), 5000 - len(found)):
             try:
@@ -1018,17 +1062,18 @@ def open_source(cfg: Config, tokenizer: Tokenizer) -> Source:
     Retrieval: the pairs of --test-data; else those that a list keeps for testing; else every tenth picture
     of the list, at most 1,000, which are then not trained on."""
     pairs = functools.partial(Pairs, tokenizer=tokenizer, seed=cfg.seed)
-    if cfg.data == "shapes":
-        return open_shapes(pairs)
-    if not is_shards(cfg.data) and not is_listed(cfg.data):
-        return open_classes(cfg, pairs)
-    training, test = None, []
-    if cfg.test_data or cfg.zero_shot:
+    training, test, classes = None, [], cfg.data == "shapes" or not is_shards(cfg.data) and not is_listed(cfg.data)
+    if cfg.test_data or cfg.zero_shot and not classes:
         test = pairs_to_score(cfg.test_data or cfg.data, cfg)
+    if classes:
+        source = open_shapes(pairs) if cfg.data == "shapes" else open_classes(cfg, pairs)
+        return source._replace(retrieval=numbered(pairs, test)) if test else source
     if is_shards(cfg.data) and not cfg.zero_shot:
         training = Shards(expand(cfg.data), cfg, tokenizer)
     elif not cfg.zero_shot:
         train, kept = listed(cfg.data, cfg.image_root)
+        if not train:
+            raise common.UserError(f"{cfg.data} has pairs to test on only")
         if not kept and not test:
             every = max(10, math.ceil(len(train) / 1000))
             common.say(f"no --test-data: every {every}th picture is kept for testing")
@@ -1036,10 +1081,14 @@ def open_source(cfg: Config, tokenizer: Tokenizer) -> Source:
         training, test = pairs(*zip(*train)), test or kept
     if not test:
         common.say("no --test-data: nothing is scored at the end")
-        return Source(common.Data(training, None, None, []))
-    source, texts = zip(*test)
-    source = torch.stack(source) if torch.is_tensor(source[0]) else source
-    return Source(common.Data(training, None, None, []), pairs(source, texts, labels=np.arange(len(texts))))
+    return Source(common.Data(training, None, None, []), numbered(pairs, test) if test else None)
+
+
+def numbered(pairs, test: list) -> Pairs:
+    """Pairs (picture or path, captions) with their own numbers as labels."""
+    pictures, texts = zip(*test)
+    pictures = torch.stack(pictures) if torch.is_tensor(pictures[0]) else pictures
+    return pairs(pictures, texts, labels=np.arange(len(test)))
 
 
 def open_classes(cfg: Config, pairs) -> Source:
@@ -1052,27 +1101,33 @@ def open_classes(cfg: Config, pairs) -> Source:
         templates = [line for line in read_text(cfg.templates).splitlines() if line.strip()]
         if not templates or not all("{}" in line for line in templates):
             raise common.UserError(f"--templates {cfg.templates}: one prompt a line, each with {{}} for the class")
-    prompts = [[template.format(name) for template in templates] for name in names]
-    same = math.log(1 + (cfg.batch_size - 1) / len(names))
+    prompts = [[template.replace("{}", name) for template in templates] for name in names]
+    least = math.log(1 + (cfg.batch_size - 1) / len(names))
     common.say(f"captions: {len(templates)} templates x {len(names)} classes, e.g. {prompts[0][0]!r}. Pictures of one class are "
-               f"each other's negatives in a batch: the loss stays above about {same:.2f}")
+               f"each other's negatives in a batch: the loss stays above about {least:.2f}")
     training = pairs(data.train.source, prompts, labels=data.train.labels, by_label=True)
-    return Source(data._replace(pretrain=training), None, data.test, prompts)
+    unsplit = len(data.pretrain) == len(data.train) + len(data.test)            # no val/: part of train/ is the test set
+    labelled = data.pretrain if cfg.zero_shot and unsplit else data.test
+    return Source(data._replace(pretrain=training), None, labelled, prompts)
 
 
 def class_names(cfg: Config, folders: list[str]) -> list[str]:
     """How the classes are called: by --classnames; ImageNet's by torchvision; else as their folders."""
-    if cfg.classnames:
-        text = read_text(cfg.classnames)
-        names = json.loads(text) if cfg.classnames.endswith(".json") else [n for n in text.splitlines() if n.strip()]
-        if isinstance(names, dict) and set(folders) <= names.keys():
-            return [names[folder] for folder in folders]
-        if len(names) != len(folders) or isinstance(names, dict):
-            raise common.UserError(f"--classnames {cfg.classnames} has {len(names)} names, and there are {len(folders)} classes")
-        return names
-    if len(folders) == 1000 and folders[0] == "n01440764":
-        return ResNet50_Weights.DEFAULT.meta["categories"]       # in the order of the folders' numbers
-    return [folder.replace("_", " ") for folder in folders]
+    if not cfg.classnames:
+        if len(folders) == 1000 and folders[0] == "n01440764":
+            return ResNet50_Weights.DEFAULT.meta["categories"]   # in the order of the folders' numbers
+        if all(re.fullmatch(r"n\d{8}", folder) for folder in folders):
+            raise common.UserError(f"the classes are WordNet's numbers ({folders[0]}, ...): --classnames says what they "
+                                   "are called (Tiny ImageNet's words.txt will do)")
+        return [folder.replace("_", " ") for folder in folders]
+    lines = [line for line in read_text(cfg.classnames).splitlines() if line.strip()]
+    try:
+        name = json.loads("\n".join(lines)) if cfg.classnames.endswith(".json") else dict(
+            line.split("\t") for line in lines) if all("\t" in line for line in lines) else dict(zip(folders, lines, strict=True))
+        return [name[folder].split(",")[0] for folder in folders]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise common.UserError(f"--classnames {cfg.classnames}: {common.why(error)}; it needs a name for each of the {len(folders)} "
+                               "class folders: lines in their order, or folder, tab, name, or JSON {folder: name}") from error
 
 
 def read_text(path: str) -> str:
@@ -1188,7 +1243,7 @@ def described(state: dict, path: str) -> dict:
         width, _, _, patch_size = state["patch_embed.proj.weight"].shape
         vocab_size, text_width = state["text.token_embedding.weight"].shape
         return dict(
-            embed_dim=width, depth=depth("blocks."), num_heads={1280: 16, 1664: 16}.get(width, width // 64),   # H: 80 a head
+            embed_dim=width, depth=depth("blocks."), num_heads={1280: 16, 1408: 16, 1664: 16, 1792: 16}.get(width, width // 64),    # H, g, G, e
             text_width=text_width, text_depth=depth("text.blocks."), text_heads=text_width // 64, vocab_size=vocab_size,
             proj_dim=len(state["image_proj.weight"]), text_length=state["text.pos_embed"].shape[1], patch_size=patch_size,
             image_size=patch_size * round((state["pos_embed"].shape[1] - 1) ** 0.5), text_cls=True,
@@ -1247,7 +1302,7 @@ def recall(similarity, truth, ks=(1, 5, 10)) -> list[float]:
 
 def score(model: FLIP, source: Source, cfg: Config, tokenizer: Tokenizer, device) -> dict:
     """Zero-shot accuracy and retrieval, printed and returned, in percent; of whole pictures."""
-    found, size = {}, {"size": cfg.image_size, "device": device, "workers": cfg.workers}
+    found, size = {}, {"size": cfg.image_size, "device": device, "workers": cfg.workers, "margin": False}
     if source.labelled is not None:
         images, labels = common.features(model.encode_image, source.labelled, **size)
         logits = images @ class_features(model, source.prompts, tokenizer, device).T           # (n, classes)
@@ -1308,6 +1363,9 @@ def score_weights(cfg: Config) -> dict:
              *(() if cfg.vocab else ("vocab",)))
     cfg = replace(cfg, **{name: told[name] for name in names if name in told})
     tokenizer = Tokenizer(cfg)
+    if tokenizer.vocabulary.size != cfg.vocab_size:
+        raise common.UserError(f"{cfg.zero_shot} has {cfg.vocab_size} ids, --vocab {cfg.vocab or 'of bytes'} "
+                               f"{tokenizer.vocabulary.size}; CLIP's is bpe_simple_vocab_16e6.txt.gz")
     model = build(cfg)
     load_weights(model, state, cfg.zero_shot)
     source = open_source(cfg, tokenizer)
@@ -1326,7 +1384,12 @@ def train(cfg: Config) -> dict:
     data.pretrain.transform = common.augment(cfg.image_size, cfg.crop_scale)
     model = build(cfg).to(device)
     if cfg.init:
-        load_weights(model, read_weights(cfg.init, cfg.trust)[0], cfg.init)
+        state, told = read_weights(cfg.init, cfg.trust)
+        differ = [f"--{name.replace('_', '-')} {told[name]}" for name in ("towers", "text_cls")
+                  if told.get(name, getattr(cfg, name)) != getattr(cfg, name)]
+        if differ:
+            raise common.UserError(f"{cfg.init} is of {', '.join(differ)}")
+        load_weights(model, state, cfg.init)
     optimizer = torch.optim.AdamW(common.parameter_groups(model, cfg.weight_decay, ("pos_embed", "text.pos_embed")),
                                   betas=(0.9, 0.95), fused=True)                    # table 10
     steps_per_epoch, peak_lr = common.plan(cfg, len(data.pretrain))
@@ -1352,7 +1415,8 @@ def train(cfg: Config) -> dict:
         parts = [(common.to_device(images, device), ids.to(device), noise[part])
                  for part, (images, ids, *_) in enumerate(itertools.islice(batches, cfg.accumulate))]
         cached = None
-        if cfg.accumulate > 1:                           # every pair is a negative of all others of the step
+        if cfg.accumulate > 1:                           # all of a step are each other's negatives: their features
+            # come first, without gradient, then each part's once more, with it
             with torch.no_grad(), amp:
                 cached = [torch.stack(features) for features in list(zip(*(model.embed(*part) for part in parts)))[:2]]
         for i, part in reversed(list(enumerate(parts))):        # the first one last
@@ -1367,12 +1431,15 @@ def train(cfg: Config) -> dict:
         if run.end_step(step, loss.detach(), lr) and common.rank() == 0 and texts:
             picture(model, *sample, run.folder / "similarity.png")
 
+    if isinstance(data.pretrain, Shards):
+        common.say(f"met in all epochs of this run: {data.pretrain.summary(device)}")
     encoder = {name: value for name, value in model.state_dict().items() if not name.startswith(model.thrown_away)}
     metrics = run.finish(encoder, {"pixels": common.shrunk_pixels, "trained": mean_token(model),
                                    "untrained": mean_token(build(cfg).to(device))}, data,
                          score(model, source, cfg, tokenizer, device))
-    if cfg.towers != "flip" and common.rank() == 0:
-        common.save_whole(to_clip(model), run.folder / "clip.pt")
+    if cfg.towers != "flip" and cfg.embed_dim == 64 * cfg.num_heads and cfg.text_width == 64 * cfg.text_heads:
+        if common.rank() == 0:                           # of other heads CLIP's names do not tell
+            common.save_whole(to_clip(model), run.folder / "clip.pt")
         common.say(f"wrote {run.folder}/clip.pt, all weights in CLIP's names")
     common.say(f"try next: python flip.py --zero-shot {run.folder}/checkpoint.pt --data {cfg.data}")
     return metrics

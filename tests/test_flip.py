@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -250,8 +251,6 @@ def test_what_the_text_tower_reads(towers):
     changed = ids.clone()
     changed[:, 9] = 7                                    # behind the end
     assert torch.equal(model.encode_text(ids), model.encode_text(changed)) == (towers != "flip")
-    front = model.text.norm.register_forward_hook(lambda _, args, out: out)
-    front.remove()
     first = ids.clone()
     first[:, 1] = 9
     assert not torch.equal(model.encode_text(ids), model.encode_text(first))
@@ -423,6 +422,9 @@ def test_every_pair_once_an_epoch(shards, alone):
         assert all(len(process) == 10 and process[:5] != process[5:] for process in found)
     assert not {n for b in two[0][:5] for n in b} & {n for b in two[1][:5] for n in b}
     assert epochs_of(cfg, last=10) == one and one[0][0] != list(range(12))      # the same again, and shuffled
+    few = Shards(flip.expand("shards/000.tar"), replace(cfg, shuffle=1), tokenizer())
+    for stream in (3, 11):                               # of 12: more streams than pairs
+        assert len([name for name, *_ in itertools.islice(few.stream(0, stream, 12), 5)]) == 5
     many = epochs_of(tiny(data="shards", batch_size=20, shuffle=3), world=10, last=3)             # more streams than shards
     assert sorted(n for process in many for batch in process for n in batch) == list(range(60))
 
@@ -443,7 +445,8 @@ def test_broken_shards(in_tmp, capfd):
     good, caption = jpeg(0)
     write_tar("a.tar", [("x/1.jpg", good), ("x/1.txt", "one\ntwo\n"), ("2.jpg", good), ("3.txt", "no picture"), ("4.jpg", b"no picture"),
                         ("4.txt", "four"), ("5.jpg", good), ("5.txt", b"\xff\xfe"), ("6.png", good), ("6.json", '{"caption": "six", "url": 1}'),
-                        ("7.jpg", good), ("7.txt", "  "), ("8.jpg", good), ("8.json", "no json"), ("9.json", '{"caption": ["a", "", 3]}'), ("9.webp", good)])
+                        ("7.jpg", good), ("7.txt", "  "), ("8.jpg", good), ("8.json", "no json"), ("9.json", '{"caption": ["a", "", 3]}'), ("9.webp", good),
+                        ("a.jpg", good), ("a.json", '{"caption": NaN}'), ("b.jpg", good), ("b.json", '{"caption": "half \\ud83d"}')])
     whole = Path("a.tar").read_bytes()
     write_tar("b.tar.gz", [(f"{i}.{e}", d) for i in range(40) for e, d in (("jpg", jpeg(i)[0]), ("txt", "ok"))])
     Path("b.tar.gz").write_bytes(Path("b.tar.gz").read_bytes()[:9000])
@@ -454,14 +457,14 @@ def test_broken_shards(in_tmp, capfd):
         "a.tar: x/1": ["one", "two"], "a.tar: /4": ["four"], "a.tar: /6": ["six"], "a.tar: /9": ["a"]}
     assert 5 < sum(name.startswith("b.tar") for name in pairs) < 40
     counts = dict(zip(data.KINDS, data.troubles[0].tolist()))
-    assert counts["damaged shards"] == 2 and counts["pictures without caption"] == 2 and counts["captions without picture"] == 1
-    assert counts["texts that are not UTF-8"] == 2 and "damaged shards" in capfd.readouterr().err
+    assert counts["damaged shards"] == 2 and counts["pictures without caption"] == 3 and counts["captions without picture"] == 1
+    assert counts["unreadable texts"] == 3 and "damaged shards" in capfd.readouterr().err
     Path("a.tar").write_bytes(whole)
     data = Shards(["a.tar"], tiny(data="a.tar", epoch_pairs=10), tokenizer())
     data.transform = common.augment(16, 1.0)
     (pictures, ids), = data.batches(data.cfg, 0, 1)
-    assert pictures.shape == (10, 3, 16, 16) and data.broken.sum() > 1          # x/1 ... /9 came again and again
-    assert flip.count_pairs(["a.tar"]) == 7              # by the headers alone: these have a picture and a text
+    assert pictures.shape == (10, 3, 16, 16) and data.broken.sum() > 1          # the four came again and again
+    assert flip.count_pairs(["a.tar"]) == 9              # by the headers alone: these have a picture and a text
 
 
 def test_names_of_shards(shards):
@@ -470,6 +473,9 @@ def test_names_of_shards(shards):
     assert flip.count_pairs(names) == 60
     Path("shards/sizes.json").write_text(json.dumps({Path(n).name: 7 for n in names}))
     assert flip.count_pairs(names) == 42
+    assert flip.is_shards("shards") and flip.is_shards("shards::more") and flip.is_shards("a.tgz") and not flip.is_shards("my.targets/a.csv")
+    Path("shards/train").mkdir()                         # ImageNet's folder, say
+    assert not flip.is_shards("shards")
 
 
 @pytest.fixture
@@ -494,7 +500,7 @@ def test_tables(pictures, capfd):
     train, _ = flip.listed("b.tsv", "")
     assert train[0] == ("pictures/0.jpg", [pictures[0], "another one"]) and len(train) == 30
     said = capfd.readouterr().out.splitlines()[-1]
-    assert "1 pictures without caption, 1 captions without picture, 1 texts that are not UTF-8" in said
+    assert "1 pictures without caption, 1 captions without picture, 1 unreadable texts" in said
     source = flip.open_source(tiny(data="a.csv"), tokenizer())
     assert len(source.data.pretrain) == 27 and len(source.retrieval) == 3       # every tenth is kept
     picture, ids, index = source.data.pretrain[0, 5]
@@ -515,8 +521,11 @@ def test_json_of_coco_and_karpathy_and_texts_beside_pictures(pictures):
         for i, split in enumerate(("train", "val", "restval", "test"))]}))
     train, test = flip.listed("k.json", "")
     assert [p for p, _ in train] == ["pictures/0.jpg", "pictures/2.jpg"] and test == [("pictures/3.jpg", ["x", "y"])]
-    Path("list.json").write_text(json.dumps([{"image": "pictures/0.jpg", "caption": "a"}]))
-    assert flip.listed("list.json", "") == ([("pictures/0.jpg", ["a"])], [])
+    Path("list.json").write_text(json.dumps([{"image": "pictures/0.jpg", "caption": ["a", "b", 3]}, {"image": "pictures/1.jpg"},
+                                             {"image": "pictures/2.jpg", "caption": 5}, {"caption": "lost"}]))
+    assert flip.listed("list.json", "") == ([("pictures/0.jpg", ["a", "b"])], [])
+    Path("test.json").write_text(Path("k.json").read_text().replace('"train"', '"val"').replace("restval", "val"))
+    assert flip.listed("test.json", "")[0] == [] and len(flip.open_source(tiny(data="test.json", zero_shot="x"), tokenizer()).retrieval) == 1
     Path("pictures/0.txt").write_text("one"), Path("pictures/1.json").write_text('{"caption": "two"}'), Path("pictures/y.txt").write_text("three")
     assert flip.is_listed("pictures") and flip.listed("pictures", "")[0] == [("pictures/0.jpg", ["one"]), ("pictures/1.jpg", ["two"])]
 
@@ -533,6 +542,10 @@ def test_captions_of_classes(photos):
     assert plain.prompts[1] == [t.format("b") for t in flip.TEMPLATES] and len(flip.TEMPLATES) == 7
     names = flip.class_names(tiny(), ["n01440764", *(f"n{i:08}" for i in range(2_000_000, 2_000_999))])
     assert len(names) == 1000 and names[0] == "tench"
+    Path("words.txt").write_text("n00000001\tdog, hound\nn00000002\tcat\nn00000003\tcow\n")
+    assert flip.class_names(tiny(classnames="words.txt"), ["n00000002", "n00000001"]) == ["cat", "dog"]
+    flat = flip.open_source(tiny(data="photos/train", zero_shot="x"), tokenizer())
+    assert len(flat.labelled) == 40 and len(flip.open_source(tiny(data="photos/train"), tokenizer()).labelled) == 4
 
 
 def test_shapes_keep_pairs_out():
@@ -589,10 +602,19 @@ def test_short_run_learns(in_tmp):
     checkpoint = "runs/flip-shapes/checkpoint.pt"
     again = flip.main([f"--zero-shot={checkpoint}"])
     assert again == pytest.approx({name: found[name] for name in again}, abs=1e-3)
-    tuned = flip.train(Config(init=checkpoint, max_steps=1, batch_size=64, mask_ratio=0, text_length=40))
+    tuned = flip.train(Config(init=checkpoint, max_steps=1, batch_size=64, mask_ratio=0, text_length=36))
     assert tuned["step"] == 1 and Path("runs/flip-shapes-tuned/checkpoint.pt").exists()          # from the first step of a new schedule
-    encoder, *_ = evaluate.load_encoder(evaluate.Config("knn", checkpoint))
-    assert {n.split(".")[0] for n in encoder.state_dict()} == {"cls_token", "pos_embed", "patch_embed", "blocks", "norm"}
+
+
+@pytest.mark.parametrize("towers", ["flip", "clip"])
+def test_evaluate_takes_the_image_tower(photos, towers):
+    flip.train(tiny(data="photos", output="run", towers=towers, max_steps=1))
+    encoder, *_ = evaluate.load_encoder(evaluate.Config("knn", "run/checkpoint.pt"))
+    names = {"cls_token", "pos_embed", "patch_embed", "blocks", "norm"} | ({"norm_pre"} if towers == "clip" else set())
+    assert {n.split(".")[0] for n in encoder.state_dict()} == names
+    model, images = flip.build(tiny(towers=towers)), torch.randn(2, 3, 16, 16)
+    model.load_state_dict(weights("run"))
+    assert torch.equal(encoder.encode(images), model.encode(images))
 
 
 @pytest.mark.parametrize("changes", [{}, dict(data="shards", workers=2, shuffle=4, test_data="shards/000.tar")])
@@ -632,13 +654,20 @@ def test_options_run(photos):
     state = weights("run")
     flip.train(tiny(data="photos", init="run/checkpoint.pt", output="tuned", mask_ratio=0.0, max_steps=1))
     assert {n for n in state if n not in weights("tuned")} == {n for n in state if n.startswith(("decoder", "mask_token"))}
-    flip.train(tiny(data="photos", output="clip", towers="clip", max_steps=1))
+    wide = dict(embed_dim=64, num_heads=1, text_width=64, text_heads=1)
+    flip.train(tiny(data="photos", output="clip", towers="clip", max_steps=1, **wide))
     read, told = flip.read_weights("clip/clip.pt", False)
-    assert same(read | {"patch_embed.proj.bias": torch.zeros(16)}, read) and told["text_length"] == 12
+    assert same(read | {"patch_embed.proj.bias": torch.zeros(64)}, read) and told["text_length"] == 12
+    with pytest.raises(common.UserError, match="clip.pt is of|does not fit"):
+        flip.train(tiny(data="photos", init="clip/clip.pt", max_steps=1, **wide))
+    with pytest.raises(common.UserError, match="run/checkpoint.pt is of --towers flip"):
+        flip.train(tiny(data="photos", init="run/checkpoint.pt", towers="clip", max_steps=1))
     with pytest.raises(common.UserError, match="--towers clip"):
         flip.train(tiny(zero_shot="clip/clip.pt", data="photos"))
-    found = flip.train(tiny(zero_shot="clip/clip.pt", data="photos", towers="clip", text_heads=2))
+    found = flip.train(tiny(zero_shot="clip/clip.pt", data="photos", towers="clip"))
     assert set(found) == {"zero_shot", "zero_shot_top5"}
+    flip.train(tiny(data="photos", output="narrow", towers="clip", max_steps=1))
+    assert not Path("narrow/clip.pt").exists()           # its heads are not 64 wide
 
 
 def test_released_files(clip, in_tmp):
@@ -672,13 +701,20 @@ def test_released_files(clip, in_tmp):
 
 @pytest.mark.parametrize("argv, words", [
     (["--data=nowhere.csv"], "nowhere.csv"), (["--data=bad.csv"], "one of"), (["--data=empty.csv"], "no pair"), (["--data=bad.json"], "bad.json"),
-    (["--data=none.tar"], "none.tar"), (["--data=flat"], "neither captions nor class folders"), (["--vocab=v.json"], "--vocab"),
+    (["--data=none.tar"], "none.tar"), (["--data=lost.csv"], "--image-root"), (["--data=empty.tar"], "no pair"),
+    (["--data=wordnet"], "--classnames"), (["--zero-shot=ids.pt", "--towers=clip"], "--vocab"), (["--data=flat"], "neither captions nor class folders"), (["--vocab=v.json"], "--vocab"),
     (["--towers=clip", "--text-mask-ratio=0.5"], "towers of CLIP"), (["--mask-ratio=1"], "nothing to see"), (["--mask-ratio=-0.5"], "below 0"),
     (["--zero-shot=none.pt"], "no file none.pt"), (["--init=bad.csv"], "no file of weights"), (["--text-heads=5"], "text_heads 5 does not divide"),
     (["--reconstruction=1", "--accumulate=2"], "--accumulate 1"), (["--templates=bad.csv", "--data=photos"], "--templates"),
     (["--classnames=empty.csv", "--data=photos"], "--classnames"), (["--epoch-pairs=9", "--data=empty.tar"], "make no batch")])
 def test_a_users_mistake_is_one_line(photos, capfd, argv, words):
     Path("bad.csv").write_text("a,b\n1,2\n"), Path("empty.csv").write_text("image,caption\n"), Path("bad.json").write_text("{")
+    Path("lost.csv").write_text("image,caption\na.jpg,a\nb.jpg,b\n")
+    torch.save(flip.to_clip(FLIP(**SIZE | dict(vocab_size=300, text_width=64, embed_dim=64), towers="clip")), "ids.pt")
+    for number in (1, 2):
+        Path(f"wordnet/n0000000{number}").mkdir(parents=True)
+        for i in range(10):
+            Path(f"wordnet/n0000000{number}/{i}.jpg").write_bytes(jpeg(0)[0])
     Path("flat").mkdir(), Path("flat/a.jpg").write_bytes(jpeg(0)[0]), write_tar("empty.tar", [])
     with pytest.raises(SystemExit) as stop:
         flip.main([*argv, "--preset=shapes"])

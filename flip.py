@@ -837,16 +837,13 @@ class Shards(IterableDataset):
         """(name up to the first dot, ending, bytes) of a shard's files, as far as it can be read."""
         try:
             with tarfile.open(file, "r|*") as tar:
-                while member := tar.next():
-                    tar.members.clear()                  # it would keep a million headers
-                    if member.isfile():
-                        folder, _, name = member.name.rpartition("/")
-                        name, _, ending = name.partition(".")
-                        yield f"{folder}/{name}", ending.lower(), tar.extractfile(member).read()
+                for name, ending, member in files_in(tar):
+                    yield name, ending, tar.extractfile(member).read()
         except DAMAGE as error:
             self.trouble(stream, "damaged shards", file, error)
 
 
+TAR = re.compile(r"\.(tar|tar\.\w+|tgz)$")
 DAMAGE = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)      # what reading a tar can raise
 ENDINGS = [ending[1:] for ending in datasets.folder.IMG_EXTENSIONS]
 
@@ -887,29 +884,43 @@ def expand(pattern: str) -> list[str]:
 
 def count_pairs(files: list[str]) -> int:
     """How many pairs shards hold: by sizes.json beside them ({name: pairs}), or else by their headers.
-    The first process counts for all."""
-    count, folders = [0], {}
-    for file in map(Path, files if common.rank() == 0 else ()):
-        sizes = file.parent / "sizes.json"
-        if file.parent not in folders:
-            folders[file.parent] = json.loads(sizes.read_text()) if sizes.is_file() else {}
-            if not folders[file.parent]:
-                common.say(f"counting the pairs in {file.parent}, once a start; --epoch-pairs, or a sizes.json, spares it")
-        count[0] += folders[file.parent].get(file.name) or sum(
-            any(e in ENDINGS for e in endings) and ("txt" in endings or "json" in endings) for endings in headers(file))
+    The first process counts for all. Raises UserError."""
+    @functools.cache
+    def sizes(folder: Path) -> dict:
+        if not (folder / "sizes.json").is_file():
+            common.say(f"counting the pairs in {folder}; --epoch-pairs, or a sizes.json, spares it")
+            return {}
+        try:
+            return {name: int(count) for name, count in json.loads((folder / "sizes.json").read_text()).items()}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise common.UserError(f"{folder}/sizes.json is not {{name: number of pairs}}: {common.why(error)}") from error
+
+    count = [0]
+    for file in map(Path, tqdm(files, "counting", disable=None, leave=False) if common.rank() == 0 else ()):
+        count[0] += sizes(file.parent).get(file.name) or count_in(file)
     if common.world() > 1:
         dist.broadcast_object_list(count)
     return count[0]
 
 
-def headers(file: Path):
-    """The endings of each sample's files in a shard, as far as it can be read."""
+def count_in(file: Path) -> int:
+    """The samples of a shard that have a picture and a text, as far as it can be read."""
+    count = 0
     with contextlib.suppress(*DAMAGE), tarfile.open(file) as tar:
-        names = ((member.name.rpartition("/")[2].partition("."), tar.members.clear()) for member in iter(tar.next, None))
-        for _, sample in itertools.groupby(names, key=lambda name: name[0][0]):
-            yield [name[0][2].lower() for name in sample]
+        for _, sample in itertools.groupby(files_in(tar), key=lambda each: each[0]):
+            endings = {ending for _, ending, _ in sample}
+            count += bool(endings & set(ENDINGS)) and bool(endings & {"txt", "json"})
+    return count
 
 
+def files_in(tar):
+    """(name up to the first dot, ending, header) of each file in an open tar."""
+    while member := tar.next():
+        tar.members.clear()                              # it would keep the headers of all
+        if member.isfile():
+            folder, _, name = member.name.rpartition("/")
+            name, _, ending = name.partition(".")
+            yield f"{folder}/{name}", ending.lower(), member
 
 
 class Source(NamedTuple):
@@ -919,9 +930,6 @@ class Source(NamedTuple):
     labelled: common.Pictures | None = None    # for the zero-shot accuracy; labels: classes
     prompts: list = ()                         # of each class: its texts
     held_out: np.ndarray | None = None         # (classes,) bool: those of shapes that are not trained on
-
-
-TAR = re.compile(r"\.(tar|tar\.\w+|tgz)$")
 
 
 def is_shards(where: str) -> bool:

@@ -263,10 +263,14 @@ class Pictures(Dataset):
                 picture = self.transform(picture)
         return picture, int(self.labels[index]), index
 
-    def centred(self, size: int, margin: bool = True):
+    def centred(self, size: int):
         """The same pictures, not augmented: their centres, for evaluation."""
+        return self.through(Centre(size))
+
+    def through(self, transform):
+        """The same pictures with another transform."""
         pictures = copy.copy(self)
-        pictures.transform = Centre(size, margin)
+        pictures.transform = transform
         return pictures
 
 
@@ -574,21 +578,24 @@ class Run:
     """A run's folder (config.json, metrics.jsonl, checkpoint.pt, pictures), progress bar and end.
 
     Where the folder holds a checkpoint, it is loaded; `first` is the step to go on from, `last`
-    the one to stop before. Raises UserError if the checkpoint is another configuration's."""
+    the one to stop before; tensors: {name: tensor} of the script's own, saved and filled again with
+    the weights. Raises UserError if the checkpoint is another configuration's."""
 
-    def __init__(self, method: str, cfg, model, optimizer, steps_per_epoch: int):
+    def __init__(self, method: str, cfg, model, optimizer, steps_per_epoch: int, tensors: dict | None = None):
         self.method, self.cfg, self.model, self.optimizer = method, cfg, model, optimizer
         self.folder, self.device = Path(cfg.output), next(model.parameters()).device
         self.steps_per_epoch, self.total = steps_per_epoch, cfg.epochs * steps_per_epoch
         self.first, self.last, self.began = 0, min(cfg.max_steps or self.total, self.total), None
         self.window, self.rates, self.epoch_losses, self.loss, self.damaged = [], [], [], None, []
-        self.scores = None
+        self.scores, self.tensors = None, tensors or {}
         say("configuration: " + ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(cfg).items()))
         again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"     # torchrun started us anew
         state = self.load() if cfg.resume or again else None
         if state:
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
+            for name, tensor in self.tensors.items():
+                tensor.copy_(state["tensors"][name])
             self.first, self.loss, self.epoch_losses = state["step"], state["loss"], state["epoch_losses"]
             say(f"going on from step {self.first} of {self.total} (--no-resume starts afresh)")
         if world() > 1:
@@ -643,7 +650,7 @@ class Run:
         state = {"method": self.method, "config": dataclasses.asdict(self.cfg), "step": step,
                  "steps_per_epoch": self.steps_per_epoch, "loss": self.loss, "epoch_losses": self.epoch_losses,
                  "log_bytes": (self.folder / "metrics.jsonl").stat().st_size,
-                 "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+                 "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "tensors": self.tensors}
         # a damaged one must not push out a good one
         save_whole(state, path, None if path in self.damaged else self.folder / "checkpoint.previous.pt")
         self.damaged = []
@@ -726,8 +733,8 @@ class Run:
 # ------------------------------------------------------------------------------------------- k-NN
 @torch.no_grad()
 def features(encode, pictures: Pictures, size: int, device, batch_size: int = 500, workers: int = 0,
-             limit: int = 0, margin: bool = True):
-    """encode() of the pictures' centres (of at most `limit` of them, evenly spread; 0: of all).
+             limit: int = 0, view=None):
+    """encode() of the pictures' centres, or what `view` makes of them (of at most `limit` of them, evenly spread; 0: of all).
 
     Each process encodes its share, all get everything: features fp32 (n, D) and labels (n,) on the
     device, in the order of the pictures. Unreadable pictures are left out."""
@@ -735,7 +742,7 @@ def features(encode, pictures: Pictures, size: int, device, batch_size: int = 50
     chosen = np.linspace(0, len(pictures) - 1, count).round().astype(int)
     mine = np.arange(rank(), count, world()) if rank() < count else np.arange(1)     # at least one
     rows = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
-    batches = loader(pictures.centred(size, margin), [[(0, i) for i in chosen[r]] for r in rows], workers)
+    batches = loader(pictures.through(view or Centre(size)), [[(0, i) for i in chosen[r]] for r in rows], workers)
     batches = tqdm(batches, "features", disable=None if rank() == 0 else True, leave=False)
     table, read = None, torch.zeros(count, device=device)
     for r, (images, _, index) in zip(rows, batches):

@@ -1310,7 +1310,8 @@ def recall(similarity, truth, ks=(1, 5, 10)) -> list[float]:
 
 def score(model: FLIP, source: Source, cfg: Config, tokenizer: Tokenizer, device) -> dict:
     """Zero-shot accuracy and retrieval, printed and returned, in percent; of whole pictures."""
-    found, size = {}, {"size": cfg.image_size, "device": device, "workers": cfg.workers, "margin": False}
+    found, size = {}, {"size": cfg.image_size, "device": device, "workers": cfg.workers}
+    size["view"] = common.Centre(cfg.image_size, margin=False)                  # CLIP's: the whole shorter side
     if source.labelled is not None:
         images, labels = common.features(model.encode_image, source.labelled, **size)
         logits = images @ class_features(model, source.prompts, tokenizer, device).T           # (n, classes)

@@ -1,0 +1,648 @@
+"""Good helper is around you: Attention-driven Masked Image Modeling (Liu, Gui, Luo, arXiv 2211.15362 v2): AMT.
+
+The encoder's own attention says what in a picture matters. Patches it attends to are masked the more often; of the
+rest many are thrown away: neither seen nor predicted, so that a step costs less. The maps are kept for each picture
+and made anew every few dozen epochs.
+
+    order = argsort(log w_i + g_i), descending, g_i from the standard Gumbel distribution: draws without replacement
+            with chances that follow the weights w; the first are masked, the next thrown, the rest visible
+    loss  = mean over masked patches and their pixels of (prediction - target)^2              (MAE's)
+
+    pictures, whole, from time to time         images (B, C, H, W), a crop
+      | attention_map: last block,               | patchify
+      | class token to patches                 patches (B, N, P*P*C) --- masked -----> pixel_target -> target (B, M, P*P*C)
+    maps (pictures, N)                           |        |  thrown: nothing                                 |
+      | aligned with the crop and its flip       | visible                                                   |
+    weights (B, N) --- attention_order --------> |                                                           |
+                                                 | patch_embed, + pos_embed, cls_token, blocks, norm         |
+                                               latent (B, 1+K, D)                                          loss
+                                                 | decoder_embed, mask_token for the masked, + positions     |
+                                                 | decoder_blocks, decoder_norm, decoder_pred                |
+                                               prediction (B, M, P*P*C) -------------------------------------+
+
+B batch, N patches, M masked, K visible, D width, P patch side, C channels.
+Against mae.py: `attention_map`, `aligned`, `attention_order`; thrown patches; the maps, saved with the checkpoint.
+--host simmim: mask tokens go through the encoder, squares of patches are masked, a linear layer predicts, loss l1.
+
+    python amt.py                                     # drawn shapes, no download
+    python amt.py --weights uniform                   # the control: as many masked and thrown, at random
+    python amt.py --throw-ratio 0 --mask-ratio 0.75   # attention, nothing thrown;  --weights uniform: MAE
+    torchrun --nproc_per_node=8 amt.py --data imagenet --data-root /where/imagenet/is
+
+Of the paper only abstract, introduction and figure could be read; the rest is from the released code, and ours where
+that is at fault: maps follow crop and flip (released: a corner of the map, enlarged); the first refresh comes when
+the masking begins (released: up to an interval later); maps are saved; the SimMIM branch trains (released: a shape
+error from epoch 40 on). Published figures may stem from the released behaviour.
+"""
+
+import argparse
+import contextlib
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.transforms import v2
+
+import common
+
+
+# ----------------------------------------------------------------------------------------- Config
+@dataclass
+class Config:
+    data: str = "shapes"          # shapes, cifar10, cifar100, stl10, tiny-imagenet, imagenet, or a folder
+    data_root: str = "data"       # where the named data sets are, or are downloaded to
+    preset: str = ""              # settings to start from; empty: those of --data, "folder" for a folder
+    output: str = ""              # folder of the run; empty: runs/amt-DATA
+    host: Literal["mae", "simmim"] = "mae"  # the method that masking and throwing are added to
+    weights: Literal["attention", "uniform"] = "attention"  # what the choice of patches follows; uniform: the control
+    start_epoch: int = 2          # the first epoch (from 0) of this masking; before it: at random, nothing thrown
+    refresh_every: int = 3        # epochs between refreshes of the maps, the first at start_epoch
+    refresh: Literal["periodic", "rolling"] = "periodic"  # all maps at once, or in each epoch as many as make up the same
+    map_decay: float = 0.0        # of a map's moving average over refreshes; 0: the newest alone
+    init: str = ""                # MAE weights to start from: a released file or a checkpoint of ours
+    model: Literal["micro", "tiny", "small", "base", "large", "huge"] = "micro"  # size of the encoder
+    embed_dim: int = 0            # width D; 0: the model's
+    depth: int = 0                # blocks; 0: the model's
+    num_heads: int = 0            # attention heads; 0: the model's
+    mlp_ratio: float = 4.0        # hidden width of an MLP / D
+    image_size: int = 32          # side of the square input in pixels
+    patch_size: int = 4           # side of a patch in pixels
+    decoder_embed_dim: int = 32   # width E of the decoder
+    decoder_depth: int = 1        # blocks of the decoder
+    decoder_num_heads: int = 2    # attention heads of the decoder
+    mask_ratio: float = 0.45      # share of the patches that is hidden and predicted
+    throw_ratio: float = 0.4      # share of the patches that is neither seen nor predicted
+    first_mask_ratio: float = 0.75  # share of the patches that is hidden before start_epoch
+    mask_unit: int = 8            # simmim: side in pixels of the squares that are masked
+    norm_pix: bool = True         # target: pixels normalised within their patch; no: plain pixels
+    crop_scale: float = 1.0       # smallest area of the random crop; 1: no crop
+    batch_size: int = 32          # pictures in a step, all processes and passes together
+    accumulate: int = 1           # passes that make up a step, to save memory
+    epochs: int = 7               # passes over the data
+    warmup_epochs: float = 1.0    # epochs of linear warm-up from 0
+    base_lr: float = 0.016        # learning rate for 256 pictures a step
+    weight_decay: float = 0.05    # AdamW's, on matrices and tokens only
+    seed: int = 0                 # decides weights, order, crops and masks
+    workers: int = 0              # loader processes for each training process; 0: none
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the matrix products; auto: bf16 on a GPU
+    compile: bool = False         # compile the model: a slow first step, faster ones after it
+    resume: bool = True           # go on from the run folder's checkpoint; no: start afresh
+    max_steps: int = 0            # stop after so many steps of the schedule; 0: at its end
+    save_every: int = 0           # steps between checkpoints, besides one after each epoch; 0: none
+    log_every: int = 50           # steps between lines of metrics.jsonl
+    knn_pictures: int = 500       # training pictures that vote in the final k-NN; 0: all
+
+    def __post_init__(self):
+        self.output = self.output or f"runs/amt-{Path(self.data).resolve().name}"
+        for name, size in zip(("embed_dim", "depth", "num_heads"), SIZES[self.model]):
+            setattr(self, name, getattr(self, name) or size)
+        for name, least in dict(patch_size=1, batch_size=1, accumulate=1, epochs=1, log_every=1, seed=0,
+                                workers=0, max_steps=0, save_every=0, knn_pictures=0, refresh_every=1, start_epoch=0).items():
+            if getattr(self, name) < least:
+                raise common.UserError(f"{name} is {getattr(self, name)}, at least {least} is needed")
+        if self.embed_dim % 4 or self.decoder_embed_dim % 4:
+            raise common.UserError("embed_dim and decoder_embed_dim must be multiples of 4")
+        for part, whole in (("patch_size", "image_size"), ("num_heads", "embed_dim"),
+                            ("decoder_num_heads", "decoder_embed_dim")):
+            if getattr(self, whole) % getattr(self, part):
+                raise common.UserError(f"{part} {getattr(self, part)} does not divide "
+                                       f"{whole} {getattr(self, whole)}")
+        if self.host == "simmim" and (self.mask_unit % self.patch_size or self.image_size % self.mask_unit):
+            raise common.UserError(f"mask_unit {self.mask_unit} must be a multiple of patch_size {self.patch_size} and divide "
+                                   f"image_size {self.image_size}")
+        units = (self.image_size // (self.mask_unit if self.host == "simmim" else self.patch_size)) ** 2
+        for mask, throw in ((self.first_mask_ratio, 0.0), (self.mask_ratio, self.throw_ratio)):
+            masked, thrown = counts(units, mask, throw, self.host)
+            if masked < 1 or thrown < 0 or masked + thrown >= units:
+                raise common.UserError(f"mask_ratio {mask} and throw_ratio {throw} leave nothing to see or nothing to paint of {units} "
+                                       + ("squares" if self.host == "simmim" else "patches"))
+        if not 0 <= self.map_decay < 1:
+            raise common.UserError(f"map_decay {self.map_decay} must be from 0 to less than 1")
+
+
+SIZES = {"micro": (64, 4, 2), "tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12),
+         "large": (1024, 24, 16), "huge": (1280, 32, 16)}        # width, depth, heads; micro is ours
+
+CODE = dict(image_size=224, patch_size=16, crop_scale=0.2, decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16,
+            norm_pix=False, batch_size=4096, epochs=400, warmup_epochs=40, base_lr=1.5e-4, weight_decay=0.05,
+            start_epoch=41, refresh_every=40, mask_unit=32, workers=12, knn_pictures=20000)           # released code
+SMALL = CODE | dict(model="tiny", decoder_embed_dim=128, decoder_depth=2, decoder_num_heads=4, batch_size=512, workers=8)  # ours
+PRESETS = {
+    "shapes": {},                                                         # the defaults above; ours
+    "cifar10": SMALL | dict(image_size=32, patch_size=4, mask_unit=8),                       # ours
+    "cifar100": SMALL | dict(image_size=32, patch_size=4, mask_unit=8),                      # ours
+    "stl10": SMALL | dict(image_size=96, patch_size=12, mask_unit=24),                       # ours
+    "tiny-imagenet": SMALL | dict(image_size=64, patch_size=8, mask_unit=16),                # ours
+    "imagenet": CODE | dict(model="base"),
+    "imagenet-simmim": CODE | dict(model="base", host="simmim", mask_ratio=0.44, throw_ratio=0.26, first_mask_ratio=0.44,
+                                   crop_scale=0.67, batch_size=2048, epochs=200, warmup_epochs=10, base_lr=5e-5),    # code
+    "folder": CODE | dict(model="small", decoder_depth=4, batch_size=256, epochs=100, warmup_epochs=5,
+                          start_epoch=10, refresh_every=10),                                 # ours
+}
+
+
+# ---------------------------------------------- Vision Transformer (the same text in every script)
+def patchify(images, patch_size: int):
+    """(B, C, H, W) -> (B, N, P*P*C): patches row by row; within one: row, column, channel."""
+    B, C, H, W = images.shape
+    x = images.reshape(B, C, H // patch_size, patch_size, W // patch_size, patch_size)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, patch_size * patch_size * C)
+
+
+def unpatchify(patches, patch_size: int, grid: tuple[int, int]):
+    """The inverse of `patchify`, on a grid of (rows, columns) patches."""
+    x = patches.reshape(len(patches), *grid, patch_size, patch_size, -1)
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)               # (B, C, H, W)
+
+
+def take(tokens, index):
+    """tokens (B, N, D), index (B, K) -> the rows that index names, (B, K, D)."""
+    return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def sincos_positions(dim: int, grid: tuple[int, int]):
+    """Fixed sine-cosine table (1, 1 + N, dim); the cls token's row 0 is zero.
+
+    The first half of the width tells the column, the second the row: [sin | cos] of the coordinate
+    times 10000^(-i / (dim/4)). (The released code names the halves the other way round.)"""
+    omega = 10000.0 ** (-np.arange(dim // 4) / (dim // 4))
+    row, column = np.indices(grid).reshape(2, -1, 1)                            # (N, 1) each
+    table = [f(t * omega) for t in (column, row) for f in (np.sin, np.cos)]      # 4 x (N, dim/4)
+    table = np.pad(np.concatenate(table, axis=1), ((1, 0), (0, 0)))
+    return torch.from_numpy(table).float().unsqueeze(0)
+
+
+class PatchEmbed(nn.Module):
+    """A convolution's parameters used as a matrix, so that hidden patches are never embedded."""
+
+    def __init__(self, patch_size, embed_dim):
+        super().__init__()
+        self.proj = nn.Conv2d(3, embed_dim, patch_size, patch_size)
+
+    def forward(self, patches):                                                 # (B, K, P*P*C)
+        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)                # (D, P*P*C)
+        return F.linear(patches, weight, self.proj.bias)                        # (B, K, D)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):                                                       # (B, T, D)
+        B, T, D = x.shape
+        qkv = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                    # (B, heads, T, d)
+        x = F.scaled_dot_product_attention(q, k, v)                             # (B, heads, T, d)
+        return self.proj(x.transpose(1, 2).reshape(B, T, D))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim, hidden_dim):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, dim, num_heads, mlp_ratio):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class VisionTransformer(nn.Module):
+    """ViT encoder whose parameters are named as in the released MAE, DINO and timm checkpoints.
+
+    image_size: side in pixels, or (height, width)."""
+
+    def __init__(self, image_size, patch_size, embed_dim, depth, num_heads, mlp_ratio=4.0):
+        super().__init__()
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.patch_size, self.grid = patch_size, (height // patch_size, width // patch_size)
+        self.patch_embed = PatchEmbed(patch_size, embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(sincos_positions(embed_dim, self.grid), requires_grad=False)
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+
+    def init_weights(self):
+        """Xavier-uniform matrices, zero biases, tokens N(0, 0.02) (MAE, released code)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))         # (D, C*P*P)
+        nn.init.normal_(self.cls_token, std=0.02)
+
+    def tokens(self, patches, kept=None):
+        """patches (B, N, P*P*C) -> tokens after the last norm (B, 1 + K, D), the cls token first.
+
+        kept (B, K): the patches to look at; the others are not touched. None: all."""
+        pos = self.pos_embed[:, 1:]                                             # (1, N, D)
+        if kept is not None:
+            patches, pos = take(patches, kept), pos[0, kept]                    # (B, K, ...)
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(patches), -1, -1)
+        x = self.patch_embed(patches) + pos                                     # (B, K, D)
+        x = torch.cat([cls, x], dim=1)                                          # (B, 1 + K, D)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def encode(self, images):
+        """Normalised images (B, 3, H, W) -> all tokens (B, 1 + N, D); nothing is ever masked."""
+        return self.tokens(patchify(images, self.patch_size))
+
+
+# ---------------------------------------------------------------------------------------- masking
+def attention_order(noise, weights=None):
+    """noise (B, N) in (0, 1), weights (B, N) >= 0 or None (all alike) -> patch numbers (B, N), a draw without
+    replacement with chances by weight: the order of log w + Gumbel noise (Plackett-Luce)."""
+    score = -(-noise.log()).log()
+    if weights is not None:
+        score = score + weights.clamp(min=1e-6).log()
+    return score.argsort(dim=1, descending=True)
+
+
+def counts(units: int, mask_ratio: float, throw_ratio: float, host: str) -> tuple[int, int]:
+    """How many of the units (mae: patches, simmim: squares of patches) are masked, and thrown (released code)."""
+    if host == "simmim":
+        return math.ceil(units * mask_ratio - 1e-6), math.ceil(units * throw_ratio - 1e-6)
+    masked = int(units * mask_ratio + 1e-6)              # 0.7 + 0.1 is a little less than 0.8
+    return masked, int(units * (mask_ratio + throw_ratio) + 1e-6) - masked
+
+
+def aligned(maps, boxes, grid: tuple[int, int]):
+    """Maps (B, N) of whole pictures -> weights (B, N) of the patches of their crops: the map's value, between its
+    patches, at the centre of each. boxes (B, 5): see `Crop`."""
+    top, left, height, width, flipped = boxes.unsqueeze(2).unbind(1)            # (B, 1) each
+    row, column = ((torch.arange(n, device=maps.device) + 0.5) / n for n in grid)
+    v, u = top + row * height, left + torch.where(flipped > 0, 1 - column, column) * width     # (B, h), (B, w)
+    place = torch.stack(torch.broadcast_tensors(u.unsqueeze(1), v.unsqueeze(2)), dim=3)        # (B, h, w, 2), x first
+    maps = maps.reshape(-1, 1, *grid)
+    return F.grid_sample(maps, 2 * place - 1, padding_mode="border", align_corners=False).flatten(1)
+
+
+# -------------------------------------------------------------------------------- target and loss
+def pixel_target(patches, norm_pix: bool):
+    """patches (B, M, P*P*C) -> what to predict: pixels, or pixels normalised within each patch with
+    the unbiased variance + 1e-6 (section 4.2, "reconstruction target")."""
+    if not norm_pix:
+        return patches
+    mean, var = patches.mean(dim=-1, keepdim=True), patches.var(dim=-1, keepdim=True)
+    return (patches - mean) / (var + 1e-6).sqrt()
+
+
+def reconstruction_loss(prediction, target):
+    """Mean squared error of the hidden patches (section 3). Every picture hides as many, so the
+    plain mean is the paper's: per patch first, then over the hidden patches of the batch."""
+    return (prediction.float() - target).square().mean()
+
+
+def l1_loss(prediction, target):
+    """Mean absolute error of the masked patches (SimMIM, with its 1e-5 in the number of pixels)."""
+    B, M, C = target.shape
+    return (prediction.float() - target).abs().sum() / (B * M * C / 3 + 1e-5) / 3
+
+
+# -------------------------------------------------------------------------------------------- AMT
+class AMT(VisionTransformer):
+    thrown_away = ("decoder", "mask_token")              # after pre-training: how these names begin
+
+    def __init__(self, image_size, patch_size, embed_dim, depth, num_heads, decoder_embed_dim=512,
+                 decoder_depth=8, decoder_num_heads=16, mlp_ratio=4.0, mask_ratio=0.45, throw_ratio=0.4,
+                 norm_pix=False, host="mae", mask_unit=32):
+        super().__init__(image_size, patch_size, embed_dim, depth, num_heads, mlp_ratio)
+        self.ratios, self.norm_pix, self.host = (mask_ratio, throw_ratio), norm_pix, host
+        self.unit = mask_unit // patch_size if host == "simmim" else 1           # side of what is masked, in patches
+        if host == "simmim":
+            self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+            self.decoder_pred = nn.Linear(embed_dim, 3 * patch_size ** 2)
+        else:
+            self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
+            self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
+            self.decoder_pos_embed = nn.Parameter(sincos_positions(decoder_embed_dim, self.grid),
+                                                  requires_grad=False)
+            self.decoder_blocks = nn.ModuleList(Block(decoder_embed_dim, decoder_num_heads, mlp_ratio)
+                                                for _ in range(decoder_depth))
+            self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
+            self.decoder_pred = nn.Linear(decoder_embed_dim, 3 * patch_size ** 2)
+        self.init_weights()
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def decode(self, latent, kept, hidden):
+        """latent (B, 1 + K, D) -> decoder tokens (B, 1 + K + M, E): cls, the kept, then the hidden."""
+        x = self.decoder_embed(latent)                                          # (B, 1 + K, E)
+        x = torch.cat([x, self.mask_token.to(x.dtype).expand(len(x), hidden.shape[1], -1)], dim=1)
+        place = F.pad(torch.cat([kept, hidden], dim=1) + 1, (1, 0))             # (B, 1 + K + M), cls: 0
+        x = x + self.decoder_pos_embed[0, place]
+        for block in self.decoder_blocks:
+            x = block(x)
+        return x
+
+    def encode_masked(self, patches, kept, hidden):
+        """SimMIM: tokens of the hidden patches (B, M, D) after the last norm, with mask tokens in their place."""
+        x = self.patch_embed(take(patches, kept))                               # (B, K, D)
+        x = torch.cat([x, self.mask_token.to(x.dtype).expand(len(x), hidden.shape[1], -1)], dim=1)
+        x = x + self.pos_embed[0, torch.cat([kept, hidden], dim=1) + 1]
+        x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x[:, 1 + kept.shape[1]:])
+
+    def split(self, noise, weights=None, ratios=None, order=None):
+        """Which patches (B, n) are masked, thrown and visible, n the same for all pictures. order: see `forward`."""
+        (h, w), u = self.grid, self.unit
+        units = torch.arange(h * w).view(h // u, u, w // u, u).transpose(1, 2).reshape(-1, u * u)      # (U, u*u) patches
+        if order is None:
+            if weights is not None:                      # of a square: the mean of its patches
+                weights = F.avg_pool2d(weights.view(-1, 1, h, w), u).flatten(1)
+            order = attention_order(noise[:, :len(units)], weights)             # (B, U)
+        masked, thrown = counts(len(units), *(ratios or self.ratios), self.host)
+        order = units.to(order.device)[order].flatten(1)                        # (B, N)
+        return order.split([n * u * u for n in (masked, thrown, len(units) - masked - thrown)], dim=1)
+
+    def forward(self, images, weights=None, noise=None, ratios=None, order=None):
+        """images (B, 3, H, W), normalised; weights (B, N) of their patches, None: all alike; noise (B, N) in
+        (0, 1); ratios: (masked, thrown), None: the model's; order (B, U) of the units instead of a draw.
+
+        Returns the loss, the prediction (B, M, P*P*C), and which patches it is of (B, M)."""
+        patches = patchify(images, self.patch_size)                             # (B, N, P*P*C)
+        if noise is None:
+            noise = torch.rand(patches.shape[:2], device=images.device)
+        masked, _, visible = self.split(noise, weights, ratios, order)          # (B, M), thrown, (B, K)
+        if self.host == "simmim":
+            prediction = self.decoder_pred(self.encode_masked(patches, visible, masked))       # (B, M, P*P*C)
+            return l1_loss(prediction, take(patches, masked)), prediction, masked
+        latent = self.tokens(patches, visible)                                  # (B, 1 + K, D)
+        decoded = self.decode(latent, visible, masked)[:, 1 + visible.shape[1]:]     # (B, M, E)
+        prediction = self.decoder_pred(self.decoder_norm(decoded))              # (B, M, P*P*C)
+        target = pixel_target(take(patches, masked), self.norm_pix)             # (B, M, P*P*C)
+        return reconstruction_loss(prediction, target), prediction, masked
+
+    def attention_map(self, images):
+        """Normalised images (B, 3, H, W), whole -> how much the last block's class token attends to each patch
+        (B, N): each head's attention stretched to 0 ... 1, then their mean (released code)."""
+        x = self.patch_embed(patchify(images, self.patch_size)) + self.pos_embed[:, 1:]
+        x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        last = self.blocks[-1]                           # of it only the class token's query and all keys
+        x, heads, D = last.norm1(x), last.attn.num_heads, x.shape[2]
+        weight, bias = last.attn.qkv.weight, last.attn.qkv.bias
+        q = F.linear(x[:, :1], weight[:D], bias[:D]).unflatten(2, (heads, -1))   # (B, 1, heads, d)
+        k = F.linear(x, weight[D:2 * D], bias[D:2 * D]).unflatten(2, (heads, -1))       # (B, 1 + N, heads, d)
+        attention = (torch.einsum("bqhd,bkhd->bhk", q, k).float() * q.shape[3] ** -0.5).softmax(dim=2)[:, :, 1:]
+        attention = attention - attention.amin(dim=2, keepdim=True)             # (B, heads, N)
+        return (attention / attention.amax(dim=2, keepdim=True).clamp(min=1e-12)).mean(dim=1)
+
+
+def build(cfg: Config) -> AMT:
+    """The untrained model of a configuration; the seed decides its weights."""
+    torch.manual_seed(cfg.seed)
+    return AMT(cfg.image_size, cfg.patch_size, cfg.embed_dim, cfg.depth, cfg.num_heads,
+               cfg.decoder_embed_dim, cfg.decoder_depth, cfg.decoder_num_heads, cfg.mlp_ratio,
+               cfg.mask_ratio, cfg.throw_ratio, cfg.norm_pix, cfg.host, cfg.mask_unit)
+
+
+def load_weights(model: AMT, path: str):
+    """Start from MAE weights: a released file, encoder alone or with decoder, or a checkpoint of ours.
+
+    Position tables of another grid are resized (bicubic, the cls row kept). Raises UserError unless
+    the parameters are exactly the model's, or exactly the model's without the decoder."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):     # in official checkpoints
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = dict(state.get("model", state))
+    except FileNotFoundError as error:
+        raise common.UserError(f"no file {path}") from error
+    except Exception as error:                           # zip, pickle or torch, according to the file
+        raise common.UserError(f"{path} is no checkpoint: {common.why(error)}") from error
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    for name in {"pos_embed", "decoder_pos_embed"} & state.keys():
+        state[name] = resize_positions(state[name], model.grid)
+    own = model.state_dict()
+    decoder = {name for name in own if name.startswith(model.thrown_away)}
+    missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
+    misfits = {n for n in own.keys() & state.keys() if own[n].shape != state[n].shape}
+    if unexpected or misfits or (missing and missing != decoder):
+        raise common.UserError(f"{path} does not fit: missing {sorted(missing)[:3]}, unexpected "
+                               f"{sorted(unexpected)[:3]}, of another size {sorted(misfits)[:3]}; "
+                               "check --model, --patch-size and the decoder's flags")
+    model.load_state_dict(state, strict=False)
+    common.say(f"{path}: {len(state)} tensors loaded" + (", the decoder starts afresh" if missing else ""))
+
+
+def resize_positions(table, grid: tuple[int, int]):
+    """Position table (1, 1 + n*n, D) of a square grid -> (1, 1 + h*w, D), bicubic. Same grid: untouched."""
+    side = round((table.shape[1] - 1) ** 0.5)
+    if grid == (side, side):
+        return table
+    patches = table[:, 1:].transpose(1, 2).unflatten(2, (side, side))
+    patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
+    return torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
+
+
+def mean_token(model: AMT):
+    """The feature that k-NN compares: the mean of a picture's patch tokens, images -> (B, D)."""
+    return lambda images: model.encode(images)[:, 1:].mean(dim=1)
+
+
+# -------------------------------------------------------------------------------------------- maps
+class Crop:
+    """common.augment, that tells what it did: picture -> (crop (3, S, S), box (5,): top, left, height and width as
+    shares of the picture, and 1 if the crop is flipped)."""
+
+    def __init__(self, size: int, scale: float):
+        self.size = size
+        self.random = v2.RandomResizedCrop(size, (scale, 1.0), interpolation=v2.InterpolationMode.BICUBIC) if scale < 1 else None
+
+    def __call__(self, picture):
+        H, W = picture.shape[-2:]
+        if self.random:
+            box = self.random.make_params([picture])
+            top, left, height, width = (box[side] for side in ("top", "left", "height", "width"))
+            picture = self.random.transform(picture, box)
+        else:                                            # the largest square in the centre
+            height = width = min(H, W)
+            top, left = (H - height) // 2, (W - width) // 2
+            if (H, W) != (self.size, self.size):
+                picture = v2.functional.resized_crop(picture, top, left, height, width, [self.size, self.size],
+                                                     v2.InterpolationMode.BICUBIC)
+        flipped = torch.rand(1).item() < 0.5
+        box = torch.tensor([top / H, left / W, height / H, width / W, float(flipped)])
+        return v2.functional.horizontal_flip(picture) if flipped else picture, box
+
+
+def due(cfg: Config, epoch: int, pictures: int):
+    """The numbers of the pictures whose maps are to be made anew before an epoch."""
+    since, none = epoch - cfg.start_epoch, np.arange(0)
+    if cfg.weights == "uniform" or since < 0:
+        return none
+    if since == 0 or (cfg.refresh == "periodic" and since % cfg.refresh_every == 0):
+        return np.arange(pictures)
+    return np.arange(since % cfg.refresh_every, pictures, cfg.refresh_every) if cfg.refresh == "rolling" else none
+
+
+@torch.no_grad()
+def refresh(encode, pictures: common.Pictures, rows, maps, decay: float, cfg: Config, device):
+    """Make maps (n, N), uint8, of the pictures `rows` anew, in place; each process makes a share, all get all.
+
+    encode: whole images, squeezed to the input's size, -> maps (B, N) of 0 to 1. Unreadable pictures keep theirs."""
+    view = v2.Resize((cfg.image_size, cfg.image_size))
+    for chunk in np.array_split(rows, math.ceil(len(rows) / 65536)):            # so many at once on the device
+        part = pictures.through(view)
+        part.source, part.labels = pictures.source[chunk], chunk
+        part.broken = torch.zeros(len(chunk), dtype=torch.bool).share_memory_()
+        new, chunk = (x.cpu() for x in common.features(encode, part, cfg.image_size, device, workers=cfg.workers, view=view))
+        maps[chunk] = (255 * (decay * shown(maps[chunk]) + (1 - decay) * new)).round().to(torch.uint8)
+
+
+def shown(maps):
+    """Stored maps, uint8 -> weights in (0, 1)."""
+    return (maps.float() + 0.5) / 256
+
+
+def map_figures(maps, objects=None) -> dict:
+    """How maps (n, N) are spread: the entropy of the mean map's shares, 1 for flat ones; and with objects (n, N), the share
+    of each patch that an object covers, the lift: the mean of a map on the object over its mean anywhere."""
+    share = shown(maps) / shown(maps).sum(dim=1, keepdim=True)                  # (n, N)
+    found = {"map_entropy": (-(share * share.log()).sum(dim=1).mean() / math.log(maps.shape[1])).item()}
+    if objects is not None:
+        on = (share * objects).sum(dim=1) / objects.sum(dim=1).clamp(min=1e-6)
+        found["map_lift"] = (on * maps.shape[1]).mean().item()
+    return found
+
+
+def flat(colours, patch_size: int):
+    """Colours (..., 3) of 0 to 255 -> normalised patches of one colour (..., P*P*3)."""
+    mean, std = (v.flatten() for v in common.mean_std(colours.device))
+    return ((colours / 255 - mean) / std).tile((patch_size ** 2,))
+
+
+@torch.no_grad()
+def picture(model: AMT, images, noise, attention: bool, path):
+    """Write images (B, 3, H, W), normalised, their attention maps, what is masked and thrown by them (or, without
+    attention, at random), and the predictions."""
+    maps = model.attention_map(images)
+    weights = maps if attention else None
+    _, prediction, masked = model.forward(images, weights, noise)               # never compiled: it runs seldom
+    _, thrown, _ = model.split(noise, weights)
+    patches = patchify(images, model.patch_size)
+    truth, prediction, caption = take(patches, masked), prediction.float(), "prediction"
+    if model.norm_pix and model.host == "mae":           # back to pixels; this uses the answer
+        mean, var = truth.mean(-1, keepdim=True), truth.var(-1, keepdim=True)
+        prediction = prediction * (var + 1e-6).sqrt() + mean
+        caption += " (each patch with its true mean and variance)"
+    cold, warm, grey = (torch.tensor(c, device=images.device) for c in ((30, 30, 110), (255, 230, 60), (128, 128, 128)))
+    rows = lambda index: index.unsqueeze(-1).expand(-1, -1, patches.shape[-1])
+    seen = patches.scatter(1, rows(thrown), flat(grey, model.patch_size).expand(*thrown.shape, -1))
+    show = lambda x: unpatchify(x, model.patch_size, model.grid)
+    common.save_rows(path, {
+        "original": images, "attention: blue 0, yellow 1": show(flat(cold + maps.unsqueeze(-1) * (warm - cold), model.patch_size)),
+        "masked (black), thrown (grey), visible": show(seen.scatter(1, rows(masked), flat(0 * grey, model.patch_size).expand(*masked.shape, -1))),
+        caption: show(seen.scatter(1, rows(masked), prediction))})
+
+
+# ---------------------------------------------------------------------------------------- training
+def train(cfg: Config) -> dict:
+    """Pre-train and measure the encoder; returns the last line of metrics.jsonl."""
+    device = common.start(cfg.seed)
+    data = common.open_data(cfg.data, cfg.data_root, cfg.seed)
+    data.pretrain.transform = Crop(cfg.image_size, cfg.crop_scale)
+    model = build(cfg).to(device)
+    if cfg.init:
+        load_weights(model, cfg.init)
+    optimizer = torch.optim.AdamW(common.parameter_groups(model, cfg.weight_decay),
+                                  betas=(0.9, 0.95 if cfg.host == "mae" else 0.999), fused=True)
+    steps_per_epoch, peak_lr = common.plan(cfg, len(data.pretrain))
+    patches = model.grid[0] * model.grid[1]
+    maps = torch.full((len(data.pretrain), patches), 255, dtype=torch.uint8)    # of the whole pictures; never in a loader
+    run = common.Run("amt", cfg, model, optimizer, steps_per_epoch, {"maps": maps})
+    common.say(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters; masked, thrown and visible "
+               "patches: " + ", then ".join(str([x.shape[1] for x in model.split(torch.rand(1, patches), None, ratios)])
+                                            for ratios in ((cfg.first_mask_ratio, 0.0), model.ratios)))
+    objects = None
+    if cfg.data == "shapes":
+        objects = torch.from_numpy(common.shapes("train", np.arange(len(data.pretrain)))["mask"]).float()
+        objects = F.adaptive_avg_pool2d(objects.unsqueeze(1), model.grid).flatten(1)           # (n, N)
+    if cfg.compile:
+        model.compile()                                  # in place: parameter names stay
+    network = DistributedDataParallel(model) if common.world() > 1 else model
+    amp = common.autocast(device, cfg.precision)
+    sample = common.sample(data.test or data.pretrain, cfg.image_size, 8, device)
+    sample_noise = torch.rand(8, patches, generator=torch.Generator().manual_seed(0)).to(device)
+    order = common.Batches(cfg, len(data.pretrain), run.first, run.last)
+    batches = iter(common.loader(data.pretrain, order, cfg.workers))
+
+    def encode(images):
+        with amp:
+            return model.attention_map(images)
+
+    for step in run.steps():
+        epoch, place = divmod(step, steps_per_epoch)
+        rows = due(cfg, epoch, len(data.pretrain)) if place == 0 else ()
+        if len(rows):
+            began = time.time()
+            decay = cfg.map_decay if epoch > cfg.start_epoch else 0.0           # there is nothing to average with before
+            refresh(encode, data.pretrain, rows, maps, decay, cfg, device)
+            figures = map_figures(maps, objects)
+            run.write(step=step, refresh_s=time.time() - began, **figures)
+            common.say(f"epoch {epoch}: {len(rows)} maps made anew in {time.time() - began:.1f} s, "
+                       + ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in figures.items()))
+            run.began = time.time()                      # images/s are those of the training
+        begun = epoch >= cfg.start_epoch
+        ratios = model.ratios if begun else (cfg.first_mask_ratio, 0.0)
+        lr = common.learning_rate(step, cfg.warmup_epochs * steps_per_epoch, run.total, peak_lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        step_loss = 0.0
+        for part, noise in enumerate(common.uniform(cfg, step, patches, device)):
+            (images, boxes), _, index = next(batches)
+            images, weights = common.to_device(images, device), None
+            if begun and cfg.weights == "attention":
+                weights = aligned(shown(maps[index]).to(device), boxes.to(device), model.grid)
+            waits = common.world() > 1 and part < cfg.accumulate - 1    # gradients travel once a step
+            with network.no_sync() if waits else contextlib.nullcontext():
+                with amp:
+                    loss, *_ = network(images, weights, noise, ratios)
+                (loss / cfg.accumulate).backward()
+            step_loss += loss.detach() / cfg.accumulate
+        optimizer.step()
+        optimizer.zero_grad()
+        if run.end_step(step, step_loss, lr) and common.rank() == 0:
+            picture(model, sample, sample_noise, cfg.weights == "attention", run.folder / "reconstruction.png")
+
+    encoder = {name: value for name, value in model.state_dict().items()
+               if not name.startswith(model.thrown_away)}
+    metrics = run.finish(encoder, {"pixels": common.shrunk_pixels, "trained": mean_token(model),
+                                   "untrained": mean_token(build(cfg).to(device))}, data)
+    common.say(f"try next: python evaluate.py linear --checkpoint {run.folder}/checkpoint.pt --data {cfg.data}")
+    return metrics
+
+
+def main(argv=None) -> dict:
+    with common.launched():
+        return train(common.parse(Config, PRESETS, argv, __doc__))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,304 @@
+"""amt.py against published figures and its own invariants; maps that follow their pictures; and whole runs."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import amt
+import common
+import evaluate
+import mae
+from amt import AMT, Crop, aligned, attention_order, counts
+from conftest import ROOT, draw, fill, golden
+from test_train import close, photos, same, weights     # noqa: F401, photos is a fixture
+
+FIGURES = golden("amt")
+DECODER = dict(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
+
+
+def uniform(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# -------------------------------------------------------------------------------------- published figures
+@pytest.mark.parametrize("target", ["pixel", "norm_pix"])
+def test_golden_figures(target):
+    model = fill(AMT(32, 4, 48, 3, 4, 32, 2, 4, norm_pix=target == "norm_pix"), skip=("pos_embed", "decoder_pos_embed"))
+    images, order, figures = draw("amt/images", 5, 3, 32, 32), draw("amt/order", 5, 64, uniform=True).argsort(1), FIGURES[target]
+    loss, prediction, masked = model(images, order=order)
+    loss.backward()
+    assert loss.item() == pytest.approx(figures["loss"], rel=1e-5)
+    split = model.split(None, order=order)
+    assert [5 * part.shape[1] for part in split] == [figures[name] for name in ("masked", "thrown", "visible")]
+    assert torch.equal(masked, order[:, :28]) and prediction.shape == (5, 28, 48)
+    for name, norm in figures["grad_norm"].items():
+        assert model.get_parameter(name).grad.norm().item() == pytest.approx(norm, rel=1e-5), name
+    maps = model.attention_map(images)
+    torch.testing.assert_close(maps[0, :8], torch.tensor(FIGURES["attention_map_row0_head"][:8]), rtol=1e-5, atol=1e-6)
+    assert maps.sum().item() == pytest.approx(FIGURES["attention_map_sum"], rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ drawing
+@pytest.mark.parametrize("units, expected", [(49, (22, 19, 8)), (64, (28, 26, 10)), (256, (115, 102, 39)), (196, (88, 78, 30)), (36, (16, 14, 6)), (144, (64, 58, 22))])
+def test_counts_of_mae(units, expected):
+    masked, thrown = counts(units, 0.45, 0.4, "mae")
+    assert (masked, thrown, units - masked - thrown) == expected
+    assert counts(10, 0.7, 0.1, "mae") == (7, 1) and counts(196, 0.75, 0.0, "mae") == (147, 0)
+    side = math.isqrt(units)
+    model = AMT(4 * side, 4, 16, 1, 2, **DECODER)
+    parts = model.split(uniform(3, units), uniform(3, units, seed=1))
+    assert [p.shape[1] for p in parts] == list(expected)
+    assert torch.equal(torch.cat(parts, dim=1).sort(dim=1).values, torch.arange(units).expand(3, -1))
+
+
+@pytest.mark.parametrize("units, expected", [(49, (22, 13)), (16, (8, 5))])
+def test_counts_of_simmim(units, expected):
+    assert counts(units, 0.44, 0.26, "simmim") == expected
+
+
+def test_uniform_weights_are_maes_masking():
+    noise = uniform(6, 64)
+    kept, hidden = mae.random_masking(noise, 0.75)
+    model = AMT(32, 4, 16, 1, 2, **DECODER)
+    for weights in (None, torch.full((6, 64), 0.3)):
+        masked, thrown, visible = model.split(noise, weights, (0.75, 0.0))
+        assert thrown.shape[1] == 0 and torch.equal(masked.sort(1).values, hidden.sort(1).values) and torch.equal(visible.sort(1).values, kept.sort(1).values)
+    masked, *_ = model.split(uniform(20_000, 64))
+    rate = torch.bincount(masked.flatten(), minlength=64) / 20_000
+    assert (rate - 28 / 64).abs().max() < 0.018          # five standard deviations
+
+
+def test_more_weight_is_masked_more_often():
+    weights = torch.linspace(0.02, 1, 64).expand(20_000, -1)
+    masked, thrown, _ = AMT(32, 4, 16, 1, 2, **DECODER).split(uniform(20_000, 64), weights)
+    for part, expected in ((masked, (0.087, 0.472, 0.694)), (thrown, (0.256, 0.479, 0.301))):
+        rate = torch.bincount(part.flatten(), minlength=64) / 20_000
+        found = rate[:8].mean(), rate[28:36].mean(), rate[-8:].mean()
+        assert torch.allclose(torch.stack(found), torch.tensor(expected), atol=0.02)
+
+
+def test_draws_without_replacement():
+    weights = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    order = attention_order(uniform(400_000, 4), weights.expand(400_000, -1))
+    rate = lambda column: torch.bincount(order[:, column], minlength=4) / 400_000
+    assert (rate(0) - weights).abs().max() < 0.005
+    assert (rate(1) - torch.tensor([0.3288, 0.3687, 0.2222, 0.0803])).abs().max() < 0.005
+
+
+def test_degenerate_maps():
+    noise = uniform(3, 64)
+    for weights in (torch.zeros(3, 64), torch.ones(3, 64)):
+        assert torch.equal(attention_order(noise, weights), attention_order(noise))
+    model = AMT(32, 4, 16, 1, 2, **DECODER)
+    with torch.no_grad():
+        model.blocks[-1].attn.qkv.weight.zero_()         # every token is attended to alike
+    maps = model.attention_map(torch.randn(3, 3, 32, 32))
+    assert torch.isfinite(maps).all() and maps.max() < 1e-3
+    noise[0, 5] = 0.0                                    # torch.rand may give it
+    assert torch.equal(attention_order(noise, uniform(3, 64)).sort(1).values[0], torch.arange(64))
+
+
+# ---------------------------------------------------------------------------------------------- alignment
+def test_map_follows_crop_and_flip():
+    """A bright patch of a picture that is not square: the greatest weight is where it went."""
+    tried = 0
+    for trial in range(300):
+        torch.manual_seed(trial)
+        row, column = torch.randint(14, (2,)).tolist()
+        picture = torch.zeros(3, 140, 280, dtype=torch.uint8)
+        picture[:, 10 * row:10 * row + 10, 20 * column:20 * column + 20] = 255
+        cropped, box = Crop(112, 0.3)(picture)
+        bright = F.avg_pool2d(cropped[:1].float().unsqueeze(0), 8).flatten()      # (196,), of the crop's 14 x 14 patches
+        if bright.max() < 200:                           # cut away, or only a part of it is left
+            continue
+        tried += 1
+        found = aligned(F.one_hot(torch.tensor(14 * row + column), 196).float().unsqueeze(0), box.unsqueeze(0), (14, 14))[0]
+        (r, c), (x, y) = divmod(found.argmax().item(), 14), divmod(bright.argmax().item(), 14)
+        assert max(abs(r - x), abs(c - y)) <= 1, (trial, r, c, x, y)
+    assert tried > 60
+
+
+def test_whole_picture_and_two_flips():
+    maps, box = uniform(2, 64), torch.tensor([[0.0, 0, 1, 1, 0]] * 2)
+    torch.testing.assert_close(aligned(maps, box, (8, 8)), maps, atol=1e-6, rtol=0)
+    flipped = aligned(maps, torch.tensor([[0.0, 0, 1, 1, 1]] * 2), (8, 8))
+    torch.testing.assert_close(flipped, maps.view(2, 8, 8).flip(2).flatten(1), atol=1e-6, rtol=0)
+    picture = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
+    for seed in range(6):
+        torch.manual_seed(seed)
+        cropped, box = Crop(32, 1.0)(picture)
+        assert torch.equal(cropped, picture.flip(2) if box[4] else picture) and box[:4].tolist() == [0, 0, 1, 1]
+    tall, box = Crop(32, 1.0)(torch.zeros(3, 128, 64, dtype=torch.uint8))
+    assert tall.shape == (3, 32, 32) and box[:4].tolist() == [0.25, 0, 0.5, 1]
+
+
+def test_crops_are_those_of_the_other_scripts():
+    picture = torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        expected = common.augment(32, 0.2)(picture)
+        torch.manual_seed(seed)
+        assert torch.equal(Crop(32, 0.2)(picture)[0], expected)
+
+
+# -------------------------------------------------------------------------------------------- thrown patches
+@pytest.mark.parametrize("host", ["mae", "simmim"])
+def test_thrown_patches_have_no_effect(host):
+    torch.manual_seed(0)
+    model = AMT(32, 4, 16, 2, 2, **DECODER, host=host, mask_unit=8, mask_ratio=0.44 if host == "simmim" else 0.45,
+                throw_ratio=0.26 if host == "simmim" else 0.4)
+    images, noise, seen = torch.randn(3, 3, 32, 32, requires_grad=True), uniform(3, 64), []
+    model.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    masked, thrown, visible = model.split(noise)
+    loss, prediction, _ = model(images, noise=noise)
+    loss.backward()
+    per_patch = mae.patchify(images.grad, 4).abs().sum(dim=2)
+    reach = lambda index: per_patch.gather(1, index)
+    assert (reach(thrown) == 0).all() and (reach(visible) > 0).all() and (reach(masked) > 0).all()
+    assert prediction.shape[1] == masked.shape[1] == (32 if host == "simmim" else 28)
+    if host == "mae":
+        assert seen == [1 + 10]
+        model.decoder_blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+        with torch.no_grad():
+            model.decoder_pos_embed[0, 1 + thrown[0]] += 100             # of the first picture
+        again, *_ = model(images[:1], noise=noise[:1])
+        with torch.no_grad():
+            model.decoder_pos_embed[0, 1 + thrown[0]] -= 100
+        assert seen[1:] == [11, 1 + 10 + 28] and again == model(images[:1], noise=noise[:1])[0]
+    else:
+        assert seen == [1 + 64 - 20]                     # 16 squares, 5 of them thrown
+        other = images.detach().clone()
+        other[:, :] = mae.unpatchify(mae.patchify(other, 4).scatter(1, thrown.unsqueeze(2).expand(-1, -1, 48), 9.0), 4, (8, 8))
+        assert model(other, noise=noise)[0] == loss
+        target = amt.take(mae.patchify(images, 4), masked)
+        assert loss.item() == pytest.approx(F.l1_loss(prediction, target).item(), rel=1e-5)
+        squares = masked.view(3, 8, 4)                   # each of 2 x 2 patches
+        assert (squares[..., 1] == squares[..., 0] + 1).all() and (squares[..., 2] == squares[..., 0] + 8).all()
+
+
+def test_plain_mae_is_a_special_case():
+    ours, plain = AMT(32, 4, 16, 2, 2, **DECODER, norm_pix=True), mae.MAE(32, 4, 16, 2, 2, **DECODER)
+    plain.load_state_dict(ours.state_dict())
+    images, noise = torch.randn(3, 3, 32, 32), uniform(3, 64)
+    assert ours(images, noise=noise, ratios=(0.75, 0.0))[0].item() == pytest.approx(plain(images, noise)[0].item(), rel=1e-5)
+    assert torch.equal(ours.encode(images), plain.encode(images))
+
+
+def test_map_is_the_attention():
+    """By the block's own attention with all queries, head by head."""
+    torch.manual_seed(0)
+    model, images = AMT(32, 4, 16, 3, 2, **DECODER), torch.randn(2, 3, 32, 32)
+    found = {}
+    model.blocks[-1].attn.qkv.register_forward_hook(lambda _, args, out: found.update(qkv=out))
+    model.encode(images)
+    q, k, _ = found["qkv"].view(2, 65, 3, 2, 8).permute(2, 0, 3, 1, 4)
+    rows = (q @ k.transpose(2, 3) / 8 ** 0.5).softmax(dim=-1)[:, :, 0, 1:]       # (B, heads, N)
+    expected = torch.stack([torch.stack([(r - r.min()) / (r.max() - r.min()) for r in picture]).mean(dim=0) for picture in rows])
+    torch.testing.assert_close(model.attention_map(images), expected, atol=1e-5, rtol=0)
+
+
+# --------------------------------------------------------------------------------------------- refreshing
+def epochs_of(cfg, epochs, pictures=10):
+    return {epoch: rows for epoch in range(epochs) if len(rows := amt.due(cfg, epoch, pictures))}
+
+
+def test_when_maps_are_made():
+    cfg = amt.Config(start_epoch=41, refresh_every=40)
+    assert list(epochs_of(cfg, 400)) == list(range(41, 400, 40)) and all(len(r) == 10 for r in epochs_of(cfg, 400).values())
+    rolling = epochs_of(amt.Config(start_epoch=2, refresh_every=3, refresh="rolling"), 9)
+    assert list(rolling) == list(range(2, 9)) and len(rolling[2]) == 10
+    assert sorted(np.concatenate([rolling[e] for e in (3, 4, 5)])) == list(range(10))             # each once an interval
+    assert not epochs_of(amt.Config(weights="uniform"), 9)
+
+
+def test_refresh_and_moving_average():
+    pictures, cfg = common.Pictures(torch.randint(0, 256, (10, 3, 20, 28), dtype=torch.uint8)), tiny()
+    maps = torch.full((10, 16), 255, dtype=torch.uint8)
+    encode = lambda images: images.mean(dim=(1, 2, 3), keepdim=True)[:, :, 0, 0].sigmoid().expand(-1, 16)
+    amt.refresh(encode, pictures, np.array([7, 2]), maps, 0.0, cfg, torch.device("cpu"))
+    assert (maps[[7, 2]] < 255).all() and (maps[[0, 1, 3]] == 255).all()
+    squeezed = amt.v2.functional.resize(pictures.source[7], [16, 16])
+    expected = encode(common.to_device(squeezed.unsqueeze(0), torch.device("cpu")))
+    assert (amt.shown(maps[7]) - expected).abs().max() < 1 / 255
+    before = maps[7].clone()
+    amt.refresh(lambda images: torch.zeros(len(images), 16), pictures, np.array([7]), maps, 0.5, cfg, torch.device("cpu"))
+    assert (maps[7].float() - before.float() / 2).abs().max() <= 1
+
+
+def test_figures_of_maps():
+    maps, objects = torch.zeros(2, 16, dtype=torch.uint8), torch.zeros(2, 16)
+    objects[:, 3] = 1
+    assert amt.map_figures(maps, objects) == pytest.approx({"map_entropy": 1.0, "map_lift": 1.0})
+    maps[:, 3] = 255
+    found = amt.map_figures(maps, objects)
+    assert found["map_lift"] > 10 and found["map_entropy"] < 0.5
+
+
+# -------------------------------------------------------------------------------------------- whole runs
+TINY = dict(data="photos", image_size=16, embed_dim=16, depth=1, num_heads=2, decoder_embed_dim=16, crop_scale=0.5, norm_pix=True,
+            epochs=3, batch_size=10, log_every=1, start_epoch=1, refresh_every=1)       # 40 photos: 4 steps an epoch
+
+
+def tiny(**changes):
+    return amt.Config(**TINY | changes)
+
+
+@pytest.mark.parametrize("changes", [{}, dict(host="simmim", mask_unit=4, refresh="rolling", map_decay=0.5, refresh_every=2)])
+def test_resumed_run_equals_an_undisturbed_one(photos, changes):
+    whole = amt.train(tiny(output="whole", **changes))
+    for steps in (2, 6, 8, 0):                           # before the first maps, in the middle, at an epoch's end
+        parts = amt.train(tiny(output="parts", max_steps=steps, **changes))
+    assert same(weights("whole"), weights("parts")) and whole == parts
+    maps = [torch.load(f"{run}/checkpoint.pt", weights_only=True)["tensors"]["maps"] for run in ("whole", "parts")]
+    assert torch.equal(*maps) and maps[0].shape == (40, 16) and maps[0].dtype == torch.uint8 and maps[0].float().std() > 10
+    lines = [json.loads(line) for line in open("whole/metrics.jsonl")]
+    assert [line["step"] for line in lines if "map_entropy" in line] == [4, 8]
+    assert Image.open("whole/reconstruction.png").size[0] > 8 * 90
+
+
+def test_controls_differ(photos):
+    runs = {"amt": {}, "uniform": dict(weights="uniform"), "attention": dict(throw_ratio=0.0, mask_ratio=0.75)}
+    found = {name: (amt.train(tiny(output=name, **changes)), weights(name))[1] for name, changes in runs.items()}
+    first = {name: [json.loads(line).get("epoch_loss") for line in open(f"{name}/metrics.jsonl")][:5] for name in runs}
+    assert first["amt"] == first["uniform"] == first["attention"]               # until the masking begins
+    assert not same(found["amt"], found["uniform"]) and not same(found["amt"], found["attention"])
+
+
+def test_two_processes_equal_one(photos):
+    amt.train(tiny(output="one"))
+    flags = [f"--{name.replace('_', '-')}={value}" if not isinstance(value, bool) else f"--{name.replace('_', '-')}" for name, value in TINY.items()]
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "amt.py"), "--preset=shapes",
+                           *flags, "--output=two", "--accumulate=5"], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (torch.load(f"{run}/checkpoint.pt", weights_only=True) for run in ("one", "two"))
+    close(one["model"], two["model"])
+    assert (one["tensors"]["maps"].int() - two["tensors"]["maps"].int()).abs().max() <= 1         # rounding apart
+
+
+def test_short_run_learns(in_tmp):
+    found = amt.main(["--epochs=2", "--start-epoch=1", "--max-steps=400"])
+    losses = [json.loads(line) for line in open("runs/amt-shapes/metrics.jsonl")]
+    lift = [line["map_lift"] for line in losses if "map_lift" in line]
+    assert len(lift) == 1 and lift[0] > 0.5 and found["step"] == 400 and losses[0]["loss"] > losses[-2]["loss"]
+    encoder, *_ = evaluate.load_encoder(evaluate.Config("knn", "runs/amt-shapes/checkpoint.pt"))
+    assert encoder.encode(torch.randn(1, 3, 32, 32)).shape == (1, 65, 64)
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--throw-ratio=0.6"], "leave nothing to see"), (["--mask-ratio=0"], "leave nothing to see or nothing to paint"),
+    (["--throw-ratio=-0.1"], "leave nothing"), (["--host=simmim", "--mask-unit=6"], "mask_unit 6"), (["--map-decay=1"], "map_decay"),
+    (["--refresh-every=0"], "at least 1"), (["--host=beit"], "invalid choice"), (["--start-epok=3"], "did you mean --start-epoch?")])
+def test_a_users_mistake_is_one_line(in_tmp, capfd, argv, words):
+    with pytest.raises(SystemExit) as stop:
+        amt.main(argv)
+    error = capfd.readouterr().err.strip()
+    assert stop.value.code == 2 and words in error and error.startswith("error: ") and "\n" not in error

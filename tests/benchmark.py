@@ -246,7 +246,7 @@ def batch(args):
         worker.start(), worker.join()
         return ours.recv()
     args.method = "flip"
-    print(f"FLIP, {args.model}/16, {args.precision}, {device_name(args.device)}: the largest batch in {args.memory} GiB, and its peak")
+    print(f"FLIP, {args.model}/16, {args.precision}, {device_name(args.device)}: the largest batch in {args.memory} GiB by the memory of two smaller ones, and its own peak")
     for ratio in (0.0, 0.5, 0.75):
         less, more = measured(ratio, 8), measured(ratio, 24)                    # it grows with the batch evenly
         size = int(8 + 16 * (args.memory - less) / (more - less))

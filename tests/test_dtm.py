@@ -100,6 +100,53 @@ def test_match_equals_the_naive_reference(protect_first, average, split):
             torch.testing.assert_close(means, torch.stack(vectors), atol=1e-12, rtol=0)
 
 
+def by_gram(tokens, rounds):
+    """The same from the tokens' inner products alone: merging adds rows and columns of their matrix."""
+    products, labels = tokens @ tokens.transpose(1, 2), torch.arange(tokens.shape[1]).repeat(len(tokens), 1)
+    for r in rounds:
+        n = products.shape[1]
+        r = min(r, n // 2)
+        if r == 0:
+            continue
+        length = products.diagonal(dim1=1, dim2=2).sqrt()
+        best, partner = (products / length.unsqueeze(1) / length.unsqueeze(2))[:, ::2, 1::2].max(dim=2)
+        merged, a = best.argsort(dim=1, descending=True).argsort(dim=1) < r, (n + 1) // 2
+        place = torch.arange(n).repeat(len(tokens), 1) // 2 + a - r                          # of the odd ones
+        place[:, ::2] = torch.where(merged, a - r + partner, (~merged).cumsum(dim=1) - 1)
+        join = F.one_hot(place, n - r).to(tokens.dtype).transpose(1, 2)                      # (B, n - r, n)
+        products, labels = join @ products @ join.transpose(1, 2), place.gather(1, labels)
+    return labels
+
+
+def with_static_shapes(tokens, rounds):
+    """The same with N places throughout, of which the last get empty; r and n are tensors, as for a compiler."""
+    B, N, _ = tokens.shape
+    x, labels, n, place_of = tokens, torch.arange(N).repeat(B, 1), torch.tensor(N), torch.arange(N)
+    even, odd = place_of[::2], place_of[1::2]
+    for r in map(torch.tensor, rounds):
+        r = torch.minimum(r, n // 2)
+        unit = F.normalize(x, dim=-1)
+        similarity = (unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)).masked_fill(odd >= n, -2)
+        best, partner = similarity.max(dim=2)
+        best = best.masked_fill(even >= n, -3)
+        merged, a = best.argsort(dim=1, descending=True, stable=True).argsort(dim=1) < r, (n + 1) // 2
+        place = torch.empty_like(labels)
+        place[:, ::2] = torch.where(merged, a - r + partner, (~merged).cumsum(dim=1) - 1)
+        place[:, 1::2] = a - r + odd // 2
+        place = torch.where((place_of >= n) | (r == 0), place_of, place)                     # the empty stay where they are
+        x, labels, n = gathered(x, place, N), place.gather(1, labels), n - r
+    return labels
+
+
+def test_inner_products_and_static_shapes_give_the_same_groups():
+    for seed in range(40):
+        N, chance = (49, 64, 50)[seed % 3], random.Random(seed)
+        rounds, tokens = draw_schedule(N, 8, chance), draw(f"same{seed}", 2, N, 12).double()
+        labels, n, _ = match(tokens, rounds)
+        assert torch.equal(by_gram(tokens, rounds), labels) and torch.equal(with_static_shapes(tokens, rounds), labels)
+        assert labels.max() == n - 1
+
+
 def some(N=49, C=6, rounds=(9, 7, 5), **options):
     target, online = (draw(name, 3, N, C).double() for name in ("target", "online"))
     labels, n, weights = match(target, list(rounds), **options)

@@ -22,11 +22,13 @@ and made anew every few dozen epochs.
 
 B batch, N patches, M masked, K visible, D width, P patch side, C channels.
 Against mae.py: `attention_map`, `aligned`, `attention_order`; thrown patches; the maps, saved with the checkpoint.
---host simmim: mask tokens go through the encoder, squares of patches are masked, a linear layer predicts, loss l1.
+--host simmim: mask tokens go through the encoder, squares of patches are masked, a linear layer predicts, loss l1
+(positions fixed; in the released code learned).
 
     python amt.py                                     # drawn shapes, no download
     python amt.py --weights uniform                   # the control: as many masked and thrown, at random
     python amt.py --throw-ratio 0 --mask-ratio 0.75   # attention, nothing thrown;  --weights uniform: MAE
+    python amt.py --host simmim                       # on ImageNet: --preset imagenet-simmim
     torchrun --nproc_per_node=8 amt.py --data imagenet --data-root /where/imagenet/is
 
 Of the paper only abstract, introduction and figure could be read; the rest is from the released code, and ours where
@@ -37,6 +39,7 @@ error from epoch 40 on). Published figures may stem from the released behaviour.
 
 import argparse
 import contextlib
+import copy
 import math
 import time
 from dataclasses import dataclass
@@ -77,11 +80,11 @@ class Config:
     decoder_embed_dim: int = 32   # width E of the decoder
     decoder_depth: int = 1        # blocks of the decoder
     decoder_num_heads: int = 2    # attention heads of the decoder
-    mask_ratio: float = 0.45      # share of the patches that is hidden and predicted
-    throw_ratio: float = 0.4      # share of the patches that is neither seen nor predicted
-    first_mask_ratio: float = 0.75  # share of the patches that is hidden before start_epoch
+    mask_ratio: float = -1.0      # share of the patches that is hidden and predicted; -1: the host's
+    throw_ratio: float = -1.0     # share of the patches that is neither seen nor predicted; -1: the host's
+    first_mask_ratio: float = -1.0  # share of the patches that is hidden before start_epoch; -1: the host's
     mask_unit: int = 8            # simmim: side in pixels of the squares that are masked
-    norm_pix: bool = True         # target: pixels normalised within their patch; no: plain pixels
+    norm_pix: bool = True         # mae: target: pixels normalised within their patch; no: plain pixels
     crop_scale: float = 1.0       # smallest area of the random crop; 1: no crop
     batch_size: int = 32          # pictures in a step, all processes and passes together
     accumulate: int = 1           # passes that make up a step, to save memory
@@ -114,6 +117,10 @@ class Config:
             if getattr(self, whole) % getattr(self, part):
                 raise common.UserError(f"{part} {getattr(self, part)} does not divide "
                                        f"{whole} {getattr(self, whole)}")
+        for name, ratio in zip(("mask_ratio", "throw_ratio", "first_mask_ratio"), HOSTS[self.host]):
+            setattr(self, name, ratio if getattr(self, name) == -1 else getattr(self, name))
+        if self.start_epoch >= self.epochs and self.weights == "attention":
+            raise common.UserError(f"start_epoch {self.start_epoch} is never reached in {self.epochs} epochs; a tenth of them is usual")
         if self.host == "simmim" and (self.mask_unit % self.patch_size or self.image_size % self.mask_unit):
             raise common.UserError(f"mask_unit {self.mask_unit} must be a multiple of patch_size {self.patch_size} and divide "
                                    f"image_size {self.image_size}")
@@ -123,13 +130,14 @@ class Config:
             if masked < 1 or thrown < 0 or masked + thrown >= units:
                 raise common.UserError(f"mask_ratio {mask} and throw_ratio {throw} leave nothing to see or nothing to paint of {units} "
                                        + ("squares" if self.host == "simmim" else "patches"))
-        if not 0 <= self.map_decay < 1:
-            raise common.UserError(f"map_decay {self.map_decay} must be from 0 to less than 1")
+        if not 0 <= self.map_decay <= 0.9:               # beyond it, steps of 1/255 are too coarse to get anywhere
+            raise common.UserError(f"map_decay {self.map_decay} must be from 0 to 0.9")
 
 
 SIZES = {"micro": (64, 4, 2), "tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12),
          "large": (1024, 24, 16), "huge": (1280, 32, 16)}        # width, depth, heads; micro is ours
 
+HOSTS = {"mae": (0.45, 0.4, 0.75), "simmim": (0.44, 0.26, 0.44)}      # masked, thrown, masked before; released code
 CODE = dict(image_size=224, patch_size=16, crop_scale=0.2, decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16,
             norm_pix=False, batch_size=4096, epochs=400, warmup_epochs=40, base_lr=1.5e-4, weight_decay=0.05,
             start_epoch=41, refresh_every=40, mask_unit=32, workers=12, knn_pictures=20000)           # released code
@@ -141,8 +149,9 @@ PRESETS = {
     "stl10": SMALL | dict(image_size=96, patch_size=12, mask_unit=24),                       # ours
     "tiny-imagenet": SMALL | dict(image_size=64, patch_size=8, mask_unit=16),                # ours
     "imagenet": CODE | dict(model="base"),
-    "imagenet-simmim": CODE | dict(model="base", host="simmim", mask_ratio=0.44, throw_ratio=0.26, first_mask_ratio=0.44,
-                                   crop_scale=0.67, batch_size=2048, epochs=200, warmup_epochs=10, base_lr=5e-5),    # code
+    # code, without its clipping, drop path and least learning rate; the batch is of SimMIM's README
+    "imagenet-simmim": CODE | dict(model="base", host="simmim", crop_scale=0.67, batch_size=2048, epochs=200, warmup_epochs=10,
+                                   base_lr=5e-5),
     "folder": CODE | dict(model="small", decoder_depth=4, batch_size=256, epochs=100, warmup_epochs=5,
                           start_epoch=10, refresh_every=10),                                 # ours
 }
@@ -318,9 +327,8 @@ def reconstruction_loss(prediction, target):
 
 
 def l1_loss(prediction, target):
-    """Mean absolute error of the masked patches (SimMIM, with its 1e-5 in the number of pixels)."""
-    B, M, C = target.shape
-    return (prediction.float() - target).abs().sum() / (B * M * C / 3 + 1e-5) / 3
+    """Mean absolute error of the masked patches (SimMIM, less its 1e-5 in the denominator)."""
+    return (prediction.float() - target).abs().mean()
 
 
 # -------------------------------------------------------------------------------------------- AMT
@@ -371,13 +379,13 @@ class AMT(VisionTransformer):
     def split(self, noise, weights=None, ratios=None, order=None):
         """Which patches (B, n) are masked, thrown and visible, n the same for all pictures. order: see `forward`."""
         (h, w), u = self.grid, self.unit
-        units = torch.arange(h * w).view(h // u, u, w // u, u).transpose(1, 2).reshape(-1, u * u)      # (U, u*u) patches
+        units = torch.arange(h * w, device=(noise if order is None else order).device).view(h // u, u, w // u, u).transpose(1, 2).reshape(-1, u * u)      # (U, u*u) patches
         if order is None:
             if weights is not None:                      # of a square: the mean of its patches
                 weights = F.avg_pool2d(weights.view(-1, 1, h, w), u).flatten(1)
             order = attention_order(noise[:, :len(units)], weights)             # (B, U)
         masked, thrown = counts(len(units), *(ratios or self.ratios), self.host)
-        order = units.to(order.device)[order].flatten(1)                        # (B, N)
+        order = units[order].flatten(1)                                         # (B, N)
         return order.split([n * u * u for n in (masked, thrown, len(units) - masked - thrown)], dim=1)
 
     def forward(self, images, weights=None, noise=None, ratios=None, order=None):
@@ -408,9 +416,10 @@ class AMT(VisionTransformer):
         last = self.blocks[-1]                           # of it only the class token's query and all keys
         x, heads, D = last.norm1(x), last.attn.num_heads, x.shape[2]
         weight, bias = last.attn.qkv.weight, last.attn.qkv.bias
-        q = F.linear(x[:, :1], weight[:D], bias[:D]).unflatten(2, (heads, -1))   # (B, 1, heads, d)
+        q = F.linear(x[:, 0], weight[:D], bias[:D]).unflatten(1, (1, heads, -1))        # (B, 1, heads, d)
         k = F.linear(x, weight[D:2 * D], bias[D:2 * D]).unflatten(2, (heads, -1))       # (B, 1 + N, heads, d)
-        attention = (torch.einsum("bqhd,bkhd->bhk", q, k).float() * q.shape[3] ** -0.5).softmax(dim=2)[:, :, 1:]
+        logits = (q.float() * k.float()).sum(dim=3).transpose(1, 2) * q.shape[3] ** -0.5       # (B, heads, 1 + N)
+        attention = logits.softmax(dim=2)[:, :, 1:]
         attention = attention - attention.amin(dim=2, keepdim=True)             # (B, heads, N)
         return (attention / attention.amax(dim=2, keepdim=True).clamp(min=1e-12)).mean(dim=1)
 
@@ -481,12 +490,11 @@ class Crop:
             box = self.random.make_params([picture])
             top, left, height, width = (box[side] for side in ("top", "left", "height", "width"))
             picture = self.random.transform(picture, box)
-        else:                                            # the largest square in the centre
-            height = width = min(H, W)
-            top, left = (H - height) // 2, (W - width) // 2
-            if (H, W) != (self.size, self.size):
-                picture = v2.functional.resized_crop(picture, top, left, height, width, [self.size, self.size],
-                                                     v2.InterpolationMode.BICUBIC)
+        else:                                            # the centre, of a picture shrunk or enlarged beforehand
+            picture = common.Centre(self.size)(whole := picture)
+            wanted = round(self.size / 0.875) if self.size <= 224 else self.size
+            side = self.size * min(H, W) / max(self.size, min(H, W, wanted)) if picture is not whole else self.size
+            height, width, top, left = side, side, (H - side) / 2, (W - side) / 2
         flipped = torch.rand(1).item() < 0.5
         box = torch.tensor([top / H, left / W, height / H, width / W, float(flipped)])
         return v2.functional.horizontal_flip(picture) if flipped else picture, box
@@ -507,12 +515,10 @@ def refresh(encode, pictures: common.Pictures, rows, maps, decay: float, cfg: Co
     """Make maps (n, N), uint8, of the pictures `rows` anew, in place; each process makes a share, all get all.
 
     encode: whole images, squeezed to the input's size, -> maps (B, N) of 0 to 1. Unreadable pictures keep theirs."""
-    view = v2.Resize((cfg.image_size, cfg.image_size))
-    for chunk in np.array_split(rows, math.ceil(len(rows) / 65536)):            # so many at once on the device
-        part = pictures.through(view)
-        part.source, part.labels = pictures.source[chunk], chunk
-        part.broken = torch.zeros(len(chunk), dtype=torch.bool).share_memory_()
-        new, chunk = (x.cpu() for x in common.features(encode, part, cfg.image_size, device, workers=cfg.workers, view=view))
+    view, numbered = v2.Resize((cfg.image_size, cfg.image_size)), copy.copy(pictures)
+    numbered.labels = np.arange(len(pictures))           # the features come with labels, and without what cannot be read
+    for chunk in np.array_split(rows, math.ceil(len(rows) / 2 ** 18)):          # fp32 maps of so many on the device
+        new, chunk = common.features(encode, numbered, cfg.image_size, device, workers=cfg.workers, view=view, rows=chunk)
         maps[chunk] = (255 * (decay * shown(maps[chunk]) + (1 - decay) * new)).round().to(torch.uint8)
 
 
@@ -522,9 +528,9 @@ def shown(maps):
 
 
 def map_figures(maps, objects=None) -> dict:
-    """How maps (n, N) are spread: the entropy of the mean map's shares, 1 for flat ones; and with objects (n, N), the share
+    """How maps (n, N) are spread: the mean of their entropies, 1 for flat ones; and with objects (n, N), the share
     of each patch that an object covers, the lift: the mean of a map on the object over its mean anywhere."""
-    share = shown(maps) / shown(maps).sum(dim=1, keepdim=True)                  # (n, N)
+    share = F.normalize(shown(maps), p=1, dim=1)                                # (n, N)
     found = {"map_entropy": (-(share * share.log()).sum(dim=1).mean() / math.log(maps.shape[1])).item()}
     if objects is not None:
         on = (share * objects).sum(dim=1) / objects.sum(dim=1).clamp(min=1e-6)
@@ -539,13 +545,13 @@ def flat(colours, patch_size: int):
 
 
 @torch.no_grad()
-def picture(model: AMT, images, noise, attention: bool, path):
+def picture(model: AMT, images, noise, ratios, attention: bool, path):
     """Write images (B, 3, H, W), normalised, their attention maps, what is masked and thrown by them (or, without
     attention, at random), and the predictions."""
     maps = model.attention_map(images)
     weights = maps if attention else None
-    _, prediction, masked = model.forward(images, weights, noise)               # never compiled: it runs seldom
-    _, thrown, _ = model.split(noise, weights)
+    _, prediction, masked = model.forward(images, weights, noise, ratios)       # never compiled: it runs seldom
+    _, thrown, _ = model.split(noise, weights, ratios)
     patches = patchify(images, model.patch_size)
     truth, prediction, caption = take(patches, masked), prediction.float(), "prediction"
     if model.norm_pix and model.host == "mae":           # back to pixels; this uses the answer
@@ -575,17 +581,18 @@ def train(cfg: Config) -> dict:
                                   betas=(0.9, 0.95 if cfg.host == "mae" else 0.999), fused=True)
     steps_per_epoch, peak_lr = common.plan(cfg, len(data.pretrain))
     patches = model.grid[0] * model.grid[1]
-    maps = torch.full((len(data.pretrain), patches), 255, dtype=torch.uint8)    # of the whole pictures; never in a loader
+    maps = torch.full((len(data.pretrain), patches), 255, dtype=torch.uint8, device=device)       # of the whole pictures
     run = common.Run("amt", cfg, model, optimizer, steps_per_epoch, {"maps": maps})
-    common.say(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters; masked, thrown and visible "
-               "patches: " + ", then ".join(str([x.shape[1] for x in model.split(torch.rand(1, patches), None, ratios)])
-                                            for ratios in ((cfg.first_mask_ratio, 0.0), model.ratios)))
+    (first, _), (masked, thrown) = (counts(patches // model.unit ** 2, *ratios, cfg.host)
+                                    for ratios in ((cfg.first_mask_ratio, 0.0), model.ratios))
+    common.say(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters; of {patches // model.unit ** 2} patches "
+               f"(or squares) {first} masked at first, from epoch {cfg.start_epoch} on {masked} masked and {thrown} thrown")
     objects = None
     if cfg.data == "shapes":
         objects = torch.from_numpy(common.shapes("train", np.arange(len(data.pretrain)))["mask"]).float()
-        objects = F.adaptive_avg_pool2d(objects.unsqueeze(1), model.grid).flatten(1)           # (n, N)
+        objects = F.adaptive_avg_pool2d(objects.unsqueeze(1), model.grid).flatten(1).to(device)        # (n, N)
     if cfg.compile:
-        model.compile()                                  # in place: parameter names stay
+        model.compile(dynamic=False)                     # in place; one for each pair of ratios, of fixed shapes
     network = DistributedDataParallel(model) if common.world() > 1 else model
     amp = common.autocast(device, cfg.precision)
     sample = common.sample(data.test or data.pretrain, cfg.image_size, 8, device)
@@ -604,7 +611,8 @@ def train(cfg: Config) -> dict:
             began = time.time()
             decay = cfg.map_decay if epoch > cfg.start_epoch else 0.0           # there is nothing to average with before
             refresh(encode, data.pretrain, rows, maps, decay, cfg, device)
-            figures = map_figures(maps, objects)
+            first = rows[:10_000]                        # enough of them
+            figures = map_figures(maps[first], None if objects is None else objects[first])
             run.write(step=step, refresh_s=time.time() - began, **figures)
             common.say(f"epoch {epoch}: {len(rows)} maps made anew in {time.time() - began:.1f} s, "
                        + ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in figures.items()))
@@ -619,7 +627,8 @@ def train(cfg: Config) -> dict:
             (images, boxes), _, index = next(batches)
             images, weights = common.to_device(images, device), None
             if begun and cfg.weights == "attention":
-                weights = aligned(shown(maps[index]).to(device), boxes.to(device), model.grid)
+                index, boxes = index.to(device, non_blocking=True), boxes.to(device, non_blocking=True)
+                weights = aligned(shown(maps[index]), boxes, model.grid)
             waits = common.world() > 1 and part < cfg.accumulate - 1    # gradients travel once a step
             with network.no_sync() if waits else contextlib.nullcontext():
                 with amp:
@@ -629,7 +638,7 @@ def train(cfg: Config) -> dict:
         optimizer.step()
         optimizer.zero_grad()
         if run.end_step(step, step_loss, lr) and common.rank() == 0:
-            picture(model, sample, sample_noise, cfg.weights == "attention", run.folder / "reconstruction.png")
+            picture(model, sample, sample_noise, ratios, begun and cfg.weights == "attention", run.folder / "reconstruction.png")
 
     encoder = {name: value for name, value in model.state_dict().items()
                if not name.startswith(model.thrown_away)}

@@ -595,6 +595,9 @@ class Run:
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             for name, tensor in self.tensors.items():
+                if state["tensors"][name].shape != tensor.shape:
+                    raise UserError(f"{self.folder}/checkpoint.pt has {name} {list(state['tensors'][name].shape)}, not "
+                                    f"{list(tensor.shape)}: other data; --no-resume starts afresh")
                 tensor.copy_(state["tensors"][name])
             self.first, self.loss, self.epoch_losses = state["step"], state["loss"], state["epoch_losses"]
             say(f"going on from step {self.first} of {self.total} (--no-resume starts afresh)")
@@ -733,19 +736,20 @@ class Run:
 # ------------------------------------------------------------------------------------------- k-NN
 @torch.no_grad()
 def features(encode, pictures: Pictures, size: int, device, batch_size: int = 500, workers: int = 0,
-             limit: int = 0, view=None):
-    """encode() of the pictures' centres, or what `view` makes of them (of at most `limit` of them, evenly spread; 0: of all).
+             limit: int = 0, view=None, rows=None):
+    """encode() of the pictures' centres, or of what `view` makes of them: of `rows`, or of at most `limit`
+    of them, evenly spread (0: of all).
 
     Each process encodes its share, all get everything: features fp32 (n, D) and labels (n,) on the
     device, in the order of the pictures. Unreadable pictures are left out."""
-    count = min(limit or len(pictures), len(pictures))
-    chosen = np.linspace(0, len(pictures) - 1, count).round().astype(int)
+    count = min(limit or len(pictures), len(pictures)) if rows is None else len(rows)
+    chosen = np.linspace(0, len(pictures) - 1, count).round().astype(int) if rows is None else rows
     mine = np.arange(rank(), count, world()) if rank() < count else np.arange(1)     # at least one
-    rows = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
-    batches = loader(pictures.through(view or Centre(size)), [[(0, i) for i in chosen[r]] for r in rows], workers)
+    parts = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
+    batches = loader(pictures.through(view or Centre(size)), [[(0, i) for i in chosen[r]] for r in parts], workers)
     batches = tqdm(batches, "features", disable=None if rank() == 0 else True, leave=False)
     table, read = None, torch.zeros(count, device=device)
-    for r, (images, _, index) in zip(rows, batches):
+    for r, (images, _, index) in zip(parts, batches):
         encoded = encode(to_device(images, device)).float()
         table = encoded.new_zeros(count, encoded.shape[1]) if table is None else table
         table[r], read[r] = encoded, (index == torch.from_numpy(chosen[r])).float().to(device)

@@ -110,7 +110,7 @@ class Config:
     crop_scale: float = 1.0       # smallest area of the random crop; 1: no crop
     batch_size: int = 64          # pairs in a step, all processes and passes together
     accumulate: int = 1           # passes that make up a step, to save memory: each pair is embedded twice
-    epochs: int = 12              # passes over the data
+    epochs: int = 9               # passes over the data
     epoch_pairs: int = 0          # tar shards: pairs that are called an epoch; 0: all
     warmup_epochs: float = 1.0    # epochs of linear warm-up from 0
     base_lr: float = 0.004        # learning rate for 256 pairs a step

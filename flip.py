@@ -21,8 +21,8 @@ patches cost half as much, so that in the same time more pairs, in larger batche
 B pairs of this process, G of all, N patches, K kept, D width, P patch side, T ids of a caption, E shared width.
 Against mae.py: no decoder; a text tower; pictures with captions; negatives from all processes.
 
-    python flip.py                                    # drawn shapes, no download:
-        ...
+    python flip.py                                    # drawn shapes, no download, 102 s on 2 CPU cores:
+        zero-shot, 64 classes, 2000 pictures, chance 1.6 %: top-1 55.4 %, seen 61.6 %, held out 27.9 %, top5 97.9 %
     python flip.py --preset shapes-tune --init runs/flip-shapes/checkpoint.pt       # a little more, with whole pictures
     python flip.py --zero-shot runs/flip-shapes/checkpoint.pt
     python flip.py --zero-shot ViT-B-16.pt --trust --towers clip --vocab bpe_simple_vocab_16e6.txt.gz --data imagenet

@@ -379,7 +379,8 @@ class AMT(VisionTransformer):
     def split(self, noise, weights=None, ratios=None, order=None):
         """Which patches (B, n) are masked, thrown and visible, n the same for all pictures. order: see `forward`."""
         (h, w), u = self.grid, self.unit
-        units = torch.arange(h * w, device=(noise if order is None else order).device).view(h // u, u, w // u, u).transpose(1, 2).reshape(-1, u * u)      # (U, u*u) patches
+        units = torch.arange(h * w, device=(noise if order is None else order).device)
+        units = units.view(h // u, u, w // u, u).transpose(1, 2).reshape(-1, u * u)            # (U, u*u) patches
         if order is None:
             if weights is not None:                      # of a square: the mean of its patches
                 weights = F.avg_pool2d(weights.view(-1, 1, h, w), u).flatten(1)
@@ -482,7 +483,9 @@ class Crop:
 
     def __init__(self, size: int, scale: float):
         self.size = size
-        self.random = v2.RandomResizedCrop(size, (scale, 1.0), interpolation=v2.InterpolationMode.BICUBIC) if scale < 1 else None
+        self.random = None
+        if scale < 1:
+            self.random = v2.RandomResizedCrop(size, (scale, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
 
     def __call__(self, picture):
         H, W = picture.shape[-2:]
@@ -560,11 +563,13 @@ def picture(model: AMT, images, noise, ratios, attention: bool, path):
         caption += " (each patch with its true mean and variance)"
     cold, warm, grey = (torch.tensor(c, device=images.device) for c in ((30, 30, 110), (255, 230, 60), (128, 128, 128)))
     rows = lambda index: index.unsqueeze(-1).expand(-1, -1, patches.shape[-1])
-    seen = patches.scatter(1, rows(thrown), flat(grey, model.patch_size).expand(*thrown.shape, -1))
+    grey, black = flat(grey, model.patch_size), flat(0 * grey, model.patch_size)
+    seen = patches.scatter(1, rows(thrown), grey.expand(*thrown.shape, -1))
     show = lambda x: unpatchify(x, model.patch_size, model.grid)
     common.save_rows(path, {
-        "original": images, "attention: blue 0, yellow 1": show(flat(cold + maps.unsqueeze(-1) * (warm - cold), model.patch_size)),
-        "masked (black), thrown (grey), visible": show(seen.scatter(1, rows(masked), flat(0 * grey, model.patch_size).expand(*masked.shape, -1))),
+        "original": images,
+        "attention: blue 0, yellow 1": show(flat(cold + maps.unsqueeze(-1) * (warm - cold), model.patch_size)),
+        "masked (black), thrown (grey), visible": show(seen.scatter(1, rows(masked), black.expand(*masked.shape, -1))),
         caption: show(seen.scatter(1, rows(masked), prediction))})
 
 

@@ -504,7 +504,8 @@ class FLIP(VisionTransformer):
         image, text, extra = self.embed(images, ids, noise)
         scale, all_images, all_texts = self.logit_scale.exp(), image, text
         if cached is not None:
-            all_images, all_texts = (torch.cat([*old[:part], new, *old[part + 1:]]) for old, new in zip(cached, (image, text)))
+            both = zip(cached, (image, text))
+            all_images, all_texts = (torch.cat([*old[:part], new, *old[part + 1:]]) for old, new in both)
             scale = scale if part == 0 else scale.detach()                      # its gradient counts once
         with torch.autocast(images.device.type, enabled=False):                 # fp32, whatever the towers are in
             loss = contrastive_loss(all_images, all_texts, scale)
@@ -514,8 +515,8 @@ class FLIP(VisionTransformer):
 @functools.cache
 def clip_scale(device):
     """(scale, shift), each (3, 1, 1): from our normalisation of pictures to CLIP's."""
-    (m, s), (mean, std) = common.mean_std(device), (torch.tensor(v, device=device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
-    return s / std, (m - mean) / std
+    ours, theirs = common.mean_std(device), torch.tensor([CLIP_MEAN, CLIP_STD], device=device).view(2, 3, 1, 1)
+    return ours[1] / theirs[1], (ours[0] - theirs[0]) / theirs[1]
 
 
 def build(cfg: Config) -> FLIP:
@@ -689,7 +690,8 @@ class Texts:
         self.first = np.cumsum([0, *map(len, encoded)])
 
     def __getitem__(self, i: int) -> list[str]:
-        return [self.bytes[self.ends[j]:self.ends[j + 1]].tobytes().decode() for j in range(self.first[i], self.first[i + 1])]
+        ends = self.ends[self.first[i]:self.first[i + 1] + 1]
+        return [self.bytes[start:end].tobytes().decode() for start, end in itertools.pairwise(ends)]
 
 
 class Pairs(common.Pictures):
@@ -831,7 +833,8 @@ class Shards(IterableDataset):
             if picture and texts:
                 yield f"{file}: {name}", picture, texts
             elif picture or texts:
-                self.trouble(stream, "pictures without caption" if picture else "captions without picture", f"{file}: {name}")
+                kind = "pictures without caption" if picture else "captions without picture"
+                self.trouble(stream, kind, f"{file}: {name}")
 
     def members(self, file: str, stream: int):
         """(name up to the first dot, ending, bytes) of a shard's files, as far as it can be read."""
@@ -1014,7 +1017,8 @@ def column_rows(rows, names):
     return ((row.get(picture), row.get(text)) for row in rows)
 
 
-COLUMNS = (("filepath", "image", "path", "file_name", "filename", "image_path", "file"), ("title", "caption", "text", "captions"))
+COLUMNS = (("filepath", "image", "path", "file_name", "filename", "image_path", "file"),
+           ("title", "caption", "text", "captions"))
 
 
 def json_rows(content) -> list:
@@ -1052,7 +1056,8 @@ def pairs_to_score(where: str, cfg: Config) -> list:
     if not is_shards(where):
         train, test = listed(where, cfg.image_root)
         return test or train
-    shards, centre, found = Shards(expand(where), replace(cfg, epoch_pairs=1), None), common.Centre(cfg.image_size, margin=False), []
+    shards, found = Shards(expand(where), replace(cfg, epoch_pairs=1), None), []
+    centre = common.Centre(cfg.image_size, margin=False)
     for file in shards.files:
         for name, data, captions in itertools.islice(shards.read(file, 0), 5000 - len(found)):
             try:
@@ -1128,14 +1133,20 @@ def class_names(cfg: Config, folders: list[str]) -> list[str]:
             raise common.UserError(f"the classes are WordNet's numbers ({folders[0]}, ...): --classnames says what they "
                                    "are called (Tiny ImageNet's words.txt will do)")
         return [folder.replace("_", " ") for folder in folders]
-    lines = [line for line in read_text(cfg.classnames).splitlines() if line.strip()]
+    text = read_text(cfg.classnames)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     try:
-        name = json.loads("\n".join(lines)) if cfg.classnames.endswith(".json") else dict(
-            line.split("\t") for line in lines) if all("\t" in line for line in lines) else dict(zip(folders, lines, strict=True))
-        return [name[folder].split(",")[0] for folder in folders]
+        if cfg.classnames.endswith(".json"):
+            name = json.loads(text)
+        elif all("\t" in line for line in lines):        # "n00004475<tab>organism, being"
+            name = {folder: names.split(",")[0] for folder, names in (line.split("\t") for line in lines)}
+        else:
+            name = dict(zip(folders, lines, strict=True))
+        return [name[folder].strip() for folder in folders]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise common.UserError(f"--classnames {cfg.classnames}: {common.why(error)}; it needs a name for each of the {len(folders)} "
-                               "class folders: lines in their order, or folder, tab, name, or JSON {folder: name}") from error
+        raise common.UserError(f"--classnames {cfg.classnames}: {common.why(error)}; it needs a name for each of the "
+                               f"{len(folders)} class folders: lines in their order, or folder, tab, name, or JSON "
+                               "{folder: name}") from error
 
 
 def read_text(path: str) -> str:
@@ -1202,11 +1213,12 @@ def to_clip(model: FLIP) -> dict:
             value = torch.cat([value[:, :1], value[:, 1:] + model.patch_embed.proj.bias], dim=1)
         if name in ("image_proj.weight", "text.proj.weight"):
             value = value.T
-        value = value.detach().flatten() if name == "cls_token" else value.detach().squeeze(0) if "pos_embed" in name else value
+        if name in ("cls_token", "pos_embed", "text.pos_embed"):
+            value = value.squeeze(0).squeeze(0)
         name = next(old + name.removeprefix(new) for old, new in CLIP_NAMES if name.startswith(new))
         for old, new in CLIP_BLOCK:
             name = name.replace(new, old)
-        found[name] = value.cpu().contiguous()
+        found[name] = value.detach().cpu().contiguous()
     return found
 
 
@@ -1240,18 +1252,21 @@ def read_weights(path: str, trust: bool) -> tuple[dict, dict]:
     if not isinstance(state, dict) or not all(isinstance(n, str) and torch.is_tensor(v) for n, v in state.items()):
         raise common.UserError(f"{path} holds no weights")
     state = {name.removeprefix("module.").removeprefix("text."): value for name, value in state.items()}
-    state = from_clip({n: v for n, v in state.items() if n not in ("input_resolution", "context_length", "vocab_size", "attn_mask")})
+    for name in ("input_resolution", "context_length", "vocab_size", "attn_mask"):           # no weights
+        state.pop(name, None)
+    state = from_clip(state)
     return state, described(state, path)
 
 
 def described(state: dict, path: str) -> dict:
     """The settings that the shapes of CLIP's weights tell. Raises UserError."""
     depth = lambda prefix: len({name[len(prefix):].split(".")[0] for name in state if name.startswith(prefix)})
+    heads = {1280: 16, 1408: 16, 1664: 16, 1792: 16}     # of open_clip's H, g, G and e; else 64 wide
     try:
         width, _, _, patch_size = state["patch_embed.proj.weight"].shape
         vocab_size, text_width = state["text.token_embedding.weight"].shape
         return dict(
-            embed_dim=width, depth=depth("blocks."), num_heads={1280: 16, 1408: 16, 1664: 16, 1792: 16}.get(width, width // 64),    # H, g, G, e
+            embed_dim=width, depth=depth("blocks."), num_heads=heads.get(width, width // 64),
             text_width=text_width, text_depth=depth("text.blocks."), text_heads=text_width // 64, vocab_size=vocab_size,
             proj_dim=len(state["image_proj.weight"]), text_length=state["text.pos_embed"].shape[1], patch_size=patch_size,
             image_size=patch_size * round((state["pos_embed"].shape[1] - 1) ** 0.5), text_cls=True,
@@ -1279,10 +1294,12 @@ def load_weights(model: FLIP, state: dict, path: str):
     own = model.state_dict()
     missing = {name for name in own.keys() - state.keys() if not name.startswith(decoder)}
     misfits = {name for name in own.keys() & state.keys() if own[name].shape != state[name].shape}
-    if missing or misfits or state.keys() - own.keys():
+    strange = state.keys() - own.keys()
+    if missing or misfits or strange:
         sizes = [f"{name} {list(state[name].shape)}, not {list(own[name].shape)}" for name in sorted(misfits)[:3]]
-        raise common.UserError(f"{path} does not fit: missing {sorted(missing)[:3]}, unexpected {sorted(state.keys() - own.keys())[:3]}, "
-                               f"of another size {sizes}; check --towers (clip has norm_pre), --model, --patch-size and the text's flags")
+        raise common.UserError(f"{path} does not fit: missing {sorted(missing)[:3]}, unexpected {sorted(strange)[:3]}, "
+                               f"of another size {sizes}; check --towers (CLIP's have norm_pre), --model, --patch-size "
+                               "and the text's flags")
     model.load_state_dict(state, strict=False)
     common.say(f"{path}: {len(state)} tensors loaded")
 
@@ -1323,8 +1340,9 @@ def score(model: FLIP, source: Source, cfg: Config, tokenizer: Tokenizer, device
         for name, of in groups.items():
             found[f"zero_shot{name}"] = 100 * top[of, 0].float().mean().item()
         found["zero_shot_top5"] = 100 * top.any(dim=1).float().mean().item()
-        common.say(f"zero-shot, {logits.shape[1]} classes, {len(labels)} pictures, chance {100 / logits.shape[1]:.1f} %: " + ", ".join(
-            f"{name.removeprefix('zero_shot').strip('_').replace('_', ' ') or 'top-1'} {value:.1f} %" for name, value in found.items()))
+        title = lambda name: name.removeprefix("zero_shot").strip("_").replace("_", " ") or "top-1"
+        common.say(f"zero-shot, {logits.shape[1]} classes, {len(labels)} pictures, chance {100 / logits.shape[1]:.1f} %: "
+                   + ", ".join(f"{title(name)} {value:.1f} %" for name, value in found.items()))
     if source.retrieval is not None:
         images, rows = common.features(model.encode_image, source.retrieval, **size)
         captions = [source.retrieval.texts(row) for row in rows.tolist()]
@@ -1356,9 +1374,10 @@ def picture(model: FLIP, images, texts: list[str], ids, path):
     low, high = cosine.min(), cosine.max()
     share = ((cosine - low) / (high - low).clamp(min=1e-6)).view(len(texts), -1, 1, 1, 1)
     mean, std = common.mean_std(images.device)
-    cold, warm = ((torch.tensor(c, device=images.device).view(3, 1, 1) / 255 - mean) / std for c in ((30, 30, 110), (255, 230, 60)))
+    colours = torch.tensor([(30, 30, 110), (255, 230, 60)], device=images.device).view(2, 3, 1, 1)
+    cold, warm = (colours / 255 - mean) / std
     tiles = (cold + share * (warm - cold)).expand(-1, -1, -1, images.shape[-2] // 4, images.shape[-1])
-    rows = {f"{number}. {text.encode('ascii', 'replace').decode()}": row for number, (text, row) in enumerate(zip(texts, tiles), 1)}
+    rows = {f"{i}. {text.encode('ascii', 'replace').decode()}": row for i, (text, row) in enumerate(zip(texts, tiles), 1)}
     common.save_rows(path, {f"pictures 1 to {len(images)}; cosines: blue {low:.2f}, yellow {high:.2f}": images} | rows)
 
 
@@ -1367,7 +1386,8 @@ def score_weights(cfg: Config) -> dict:
     device = common.start(cfg.seed)
     state, told = read_weights(cfg.zero_shot, cfg.trust)
     if "norm_pre.weight" in state and cfg.towers == "flip" == told.get("towers", "flip"):
-        raise common.UserError(f"{cfg.zero_shot} has CLIP's towers: --towers clip (OpenAI's, QuickGELU) or open_clip (most others)")
+        raise common.UserError(f"{cfg.zero_shot} has CLIP's towers: --towers clip (OpenAI's, QuickGELU) or open_clip "
+                               "(most others)")
     names = (*SIZE_FIELDS, "towers", "mlp_ratio", "text_length", "text_cls", "vocab_size", "image_size", "patch_size",
              *(() if cfg.vocab else ("vocab",)))
     cfg = replace(cfg, **{name: told[name] for name in names if name in told})

@@ -301,10 +301,10 @@ def test_two_processes_equal_one(photos):
 
 
 def test_short_run_learns(in_tmp):
-    found = amt.main(["--epochs=2", "--start-epoch=1", "--max-steps=400"])
+    found = amt.main(["--epochs=2", "--start-epoch=1", "--batch-size=64", "--base-lr=0.008", "--max-steps=170"])
     losses = [json.loads(line) for line in open("runs/amt-shapes/metrics.jsonl")]
     lift = [line["map_lift"] for line in losses if "map_lift" in line]
-    assert len(lift) == 1 and lift[0] > 1 and found["step"] == 400 and losses[0]["loss"] > losses[-2]["loss"]
+    assert len(lift) == 1 and lift[0] > 1 and found["step"] == 170 and losses[0]["loss"] > losses[-2]["loss"]
     encoder, *_ = evaluate.load_encoder(evaluate.Config("knn", "runs/amt-shapes/checkpoint.pt"))
     assert encoder.encode(torch.randn(1, 3, 32, 32)).shape == (1, 65, 64)
 

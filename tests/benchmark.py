@@ -1,8 +1,8 @@
 """How fast is it? Run by hand: `python tests/benchmark.py train`, or `... batch`, `... data`, `... morph`, `... features`.
 
 train   one optimiser step of MAE (ViT-B/16, 224 pixels, 75 % hidden, decoder 8 x 512), or with --method
-        maskdistill or dtm of a ViT-B/16 student and a teacher like CLIP's ViT-B/16, or with --method flip of both of
-        CLIP's towers at three mask ratios, ours and the peers', each in
+        maskdistill or dtm of a ViT-B/16 student and a teacher like CLIP's ViT-B/16, with --method flip of both of CLIP's
+        towers at three mask ratios, or with amt of AMT and plain MAE, ours and the peers', each in
         a process of its own, taking turns on the same pictures; fused AdamW for all. Printed: images/s,
         the ratio to the first (median over the rounds), FLOP/s counted for each as a share of what a large
         matrix product reaches in the same rounds, and peak memory. Ours begins as its scripts do, with
@@ -36,6 +36,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import amt
 import common
 import dtm
 import evaluate
@@ -137,6 +138,17 @@ def open_clip_pairs(size, mask_ratio):
     return model, lambda model, images: loss(*model(images, captions(images)))
 
 
+def our_attention(size):
+    """AMT on MAE, 45 % masked and 40 % thrown, with maps and crops drawn anew for each step."""
+    model = amt.AMT(224, 16, *mae.SIZES[size], **DECODER)
+
+    def loss(model, images):
+        B = len(images)
+        boxes = torch.tensor([0.1, 0.2, 0.6, 0.7, 1.0], device=images.device).expand(B, -1)
+        return model(images, amt.aligned(torch.rand(B, 196, device=images.device), boxes, (14, 14)))[0]
+    return model, loss
+
+
 def captions(images):
     """As many captions of 12 words: start 49406, words, end 49407, padding."""
     ids = torch.randint(1, 49406, (len(images), 77), device=images.device)
@@ -146,7 +158,7 @@ def captions(images):
 
 FLIPS = {f"{name}, {ratio:.0%} masked": functools.partial(make, mask_ratio=ratio) for ratio in (0.0, 0.5, 0.75)
          for name, make in (("ours", our_pairs), ("open_clip", open_clip_pairs))}
-CONTESTANTS = {"flip": FLIPS, "mae": {"ours": ours, "timm blocks": timm_blocks, "transformers": transformers, "vit-pytorch": vit_pytorch},
+CONTESTANTS = {"flip": FLIPS, "amt": {"ours": our_attention, "plain MAE": ours}, "mae": {"ours": ours, "timm blocks": timm_blocks, "transformers": transformers, "vit-pytorch": vit_pytorch},
                "maskdistill": {"ours": our_student, "transformers": transformers_student},
                "dtm": {"ours": our_morphing, "no morphing": functools.partial(our_morphing, morphs=0)}}
 

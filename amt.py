@@ -482,8 +482,7 @@ class Crop:
     shares of the picture, and 1 if the crop is flipped)."""
 
     def __init__(self, size: int, scale: float):
-        self.size = size
-        self.random = None
+        self.centre, self.random = common.Centre(size), None
         if scale < 1:
             self.random = v2.RandomResizedCrop(size, (scale, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
 
@@ -493,11 +492,9 @@ class Crop:
             box = self.random.make_params([picture])
             top, left, height, width = (box[side] for side in ("top", "left", "height", "width"))
             picture = self.random.transform(picture, box)
-        else:                                            # the centre, of a picture shrunk or enlarged beforehand
-            picture = common.Centre(self.size)(whole := picture)
-            wanted = round(self.size / 0.875) if self.size <= 224 else self.size
-            side = self.size * min(H, W) / max(self.size, min(H, W, wanted)) if picture is not whole else self.size
-            height, width, top, left = side, side, (H - side) / 2, (W - side) / 2
+        else:
+            height = width = self.centre.size * min(H, W) / self.centre.resized(min(H, W))     # in pixels of the picture
+            top, left, picture = (H - height) / 2, (W - width) / 2, self.centre(picture)
         flipped = torch.rand(1).item() < 0.5
         box = torch.tensor([top / H, left / W, height / H, width / W, float(flipped)])
         return v2.functional.horizontal_flip(picture) if flipped else picture, box
@@ -616,8 +613,8 @@ def train(cfg: Config) -> dict:
             began = time.time()
             decay = cfg.map_decay if epoch > cfg.start_epoch else 0.0           # there is nothing to average with before
             refresh(encode, data.pretrain, rows, maps, decay, cfg, device)
-            first = rows[:10_000]                        # enough of them
-            figures = map_figures(maps[first], None if objects is None else objects[first])
+            some = rows[:10_000]                         # enough for a figure
+            figures = map_figures(maps[some], None if objects is None else objects[some])
             run.write(step=step, refresh_s=time.time() - began, **figures)
             common.say(f"epoch {epoch}: {len(rows)} maps made anew in {time.time() - began:.1f} s, "
                        + ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in figures.items()))

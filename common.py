@@ -71,7 +71,8 @@ def launched():
         yield
     except (UserError, OSError) as error:                # OSError: a disk that is full, a shard without pairs
         if isinstance(error, OSError) or int(os.environ.get("LOCAL_RANK", 0)) == 0:      # maybe this process's alone
-            tqdm.write(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)     # a loader's end a traceback
+            text = str(error).strip() or type(error).__name__
+            tqdm.write(f"error: {text.splitlines()[-1]}", file=sys.stderr)       # before it a loader process's traceback
         sys.exit(2)
     except KeyboardInterrupt:
         if rank() == 0:
@@ -306,10 +307,14 @@ class Centre:
     def __call__(self, picture):
         if picture.shape[-2:] == (self.size, self.size):
             return picture
-        wanted = round(self.size / 0.875) if self.size <= 224 and self.margin else self.size
-        short = max(self.size, min(*picture.shape[-2:], wanted))
+        short = self.resized(min(picture.shape[-2:]))
         picture = v2.functional.resize(picture, [short], v2.InterpolationMode.BICUBIC)
         return v2.functional.center_crop(picture, [self.size])
+
+    def resized(self, short: int) -> int:
+        """What the shorter side of a picture is made before the crop."""
+        wanted = round(self.size / 0.875) if self.size <= 224 and self.margin else self.size
+        return max(self.size, min(short, wanted))
 
 
 @functools.cache

@@ -80,6 +80,7 @@ class Config:
     data_root: str = "data"       # where the named data sets are, or are downloaded to
     image_root: str = ""          # what relative paths in a .csv, .tsv or .json start from; empty: its folder
     test_data: str = ""           # pairs, as in --data, for retrieval at the end; empty: some of --data
+    test_root: str = ""           # the same as --image-root for --test-data; empty: its folder
     preset: str = ""              # settings to start from; empty: those of --data, "folder" for others
     output: str = ""              # folder of the run; empty: runs/flip-DATA, with -tuned after --init
     init: str = ""                # weights to start from: a checkpoint of ours, CLIP's or open_clip's
@@ -480,7 +481,7 @@ class FLIP(VisionTransformer):
 
     def embed(self, images, ids, noise):
         """Features (B, E) of images and of ids, masked by the noise, and MAE's loss (0. if not asked for)."""
-        patches, kept, extra = self.patches(images), None, 0.0                  # (B, N, P*P*3)
+        patches, kept, text_kept, extra = self.patches(images), None, None, 0.0          # (B, N, P*P*3)
         if self.mask_ratio:
             kept, hidden = random_masking(noise[:, :patches.shape[1]], self.mask_ratio)        # (B, K), (B, M)
         latent = self.tokens(patches, kept)                                     # (B, 1 + K, D)
@@ -488,10 +489,9 @@ class FLIP(VisionTransformer):
             decoded = self.decode(latent, kept, hidden)[:, 1 + kept.shape[1]:]   # (B, M, decoder width)
             prediction = self.decoder_pred(self.decoder_norm(decoded))
             extra = reconstruction_loss(prediction, pixel_target(take(patches, hidden), norm_pix=True))
-        kept = None
         if self.text_mask_ratio:
-            kept = text_masking(noise[:, patches.shape[1]:], ids, self.text_mask_ratio, self.text_mask)
-        return self.pooled(latent), self.encode_text(ids, kept), extra
+            text_kept = text_masking(noise[:, patches.shape[1]:], ids, self.text_mask_ratio, self.text_mask)
+        return self.pooled(latent), self.encode_text(ids, text_kept), extra
 
     def forward(self, images, ids, noise=None, cached=None, part=0):
         """images (B, 3, H, W), normalised; ids (B, T); noise (B, N + T) in [0, 1) decides the masks.
@@ -506,7 +506,7 @@ class FLIP(VisionTransformer):
         if cached is not None:
             both = zip(cached, (image, text))
             all_images, all_texts = (torch.cat([*old[:part], new, *old[part + 1:]]) for old, new in both)
-            scale = scale if part == 0 else scale.detach()                      # its gradient counts once
+            scale = scale if part == len(cached[0]) - 1 else scale.detach()     # its gradient counts once
         with torch.autocast(images.device.type, enabled=False):                 # fp32, whatever the towers are in
             loss = contrastive_loss(all_images, all_texts, scale)
         return loss + self.reconstruction * extra, image, text
@@ -665,8 +665,9 @@ class Tokenizer:
         self.vocabulary, self.length = open_vocabulary(cfg.vocab), cfg.text_length
         self.front = [self.vocabulary.start] * cfg.text_cls
         self.back = [self.vocabulary.end] * (cfg.towers != "flip")              # the released FLIP has none
-        if self.vocabulary.size > cfg.vocab_size:
-            raise common.UserError(f"--vocab {cfg.vocab or 'of bytes'} has {self.vocabulary.size} ids, the model {cfg.vocab_size}")
+        if self.vocabulary.size != cfg.vocab_size:
+            raise common.UserError(f"the model has {cfg.vocab_size} ids, --vocab {cfg.vocab or 'of bytes'} "
+                                   f"{self.vocabulary.size}; CLIP's is bpe_simple_vocab_16e6.txt.gz")
 
     def __call__(self, text: str):
         room = self.length - len(self.front) - len(self.back)
@@ -736,8 +737,7 @@ class Shards(IterableDataset):
              "damaged shards")
 
     def __init__(self, files: list[str], cfg: Config, tokenizer):
-        self.files, self.cfg, self.tokenizer = files, cfg, tokenizer
-        self.transform = common.augment(cfg.image_size, cfg.crop_scale)
+        self.files, self.cfg, self.tokenizer, self.transform = files, cfg, tokenizer, None
         lost = [file for file in files if not Path(file).is_file()]
         if lost or not files:
             raise common.UserError(f"{len(lost)} of {len(files)} shards are not there: {', '.join(lost[:3])}")
@@ -1051,10 +1051,10 @@ def folder_rows(folder: Path, counts: dict):
     counts["captions without picture"] += len(lonely)
 
 
-def pairs_to_score(where: str, cfg: Config) -> list:
+def pairs_to_score(where: str, root: str, cfg: Config) -> list:
     """(path or picture, captions): the test part of a list, or all of it; the first 5,000 pairs of shards."""
     if not is_shards(where):
-        train, test = listed(where, cfg.image_root)
+        train, test = listed(where, root)
         return test or train
     shards, found = Shards(expand(where), replace(cfg, epoch_pairs=1), None), []
     centre = common.Centre(cfg.image_size, margin=False)
@@ -1076,8 +1076,10 @@ def open_source(cfg: Config, tokenizer: Tokenizer) -> Source:
     of the list, at most 1,000, which are then not trained on."""
     pairs = functools.partial(Pairs, tokenizer=tokenizer, seed=cfg.seed)
     training, test, classes = None, [], cfg.data == "shapes" or not is_shards(cfg.data) and not is_listed(cfg.data)
-    if cfg.test_data or cfg.zero_shot and not classes:
-        test = pairs_to_score(cfg.test_data or cfg.data, cfg)
+    if cfg.test_data:
+        test = pairs_to_score(cfg.test_data, cfg.test_root, cfg)
+    elif cfg.zero_shot and not classes:
+        test = pairs_to_score(cfg.data, cfg.image_root, cfg)
     if classes:
         source = open_shapes(pairs) if cfg.data == "shapes" else open_classes(cfg, pairs)
         return source._replace(retrieval=numbered(pairs, test)) if test else source
@@ -1392,9 +1394,6 @@ def score_weights(cfg: Config) -> dict:
              *(() if cfg.vocab else ("vocab",)))
     cfg = replace(cfg, **{name: told[name] for name in names if name in told})
     tokenizer = Tokenizer(cfg)
-    if tokenizer.vocabulary.size != cfg.vocab_size:
-        raise common.UserError(f"{cfg.zero_shot} has {cfg.vocab_size} ids, --vocab {cfg.vocab or 'of bytes'} "
-                               f"{tokenizer.vocabulary.size}; CLIP's is bpe_simple_vocab_16e6.txt.gz")
     model = build(cfg)
     load_weights(model, state, cfg.zero_shot)
     source = open_source(cfg, tokenizer)
@@ -1441,17 +1440,18 @@ def train(cfg: Config) -> dict:
         for group in optimizer.param_groups:
             group["lr"] = lr
         noise = common.uniform(cfg, step, patches + cfg.text_length, device)     # (parts, B, N + T)
-        parts = [(common.to_device(images, device), ids.to(device), noise[part])
+        parts = [(common.to_device(images, device), ids.to(device, non_blocking=True), noise[part])
                  for part, (images, ids, *_) in enumerate(itertools.islice(batches, cfg.accumulate))]
         cached = None
         if cfg.accumulate > 1:                           # all of a step are each other's negatives: their features
             # come first, without gradient, then each part's once more, with it
             with torch.no_grad(), amp:
                 cached = [torch.stack(features) for features in list(zip(*(model.embed(*part) for part in parts)))[:2]]
-        for i, part in reversed(list(enumerate(parts))):        # the first one last
-            with network.no_sync() if common.world() > 1 and i else contextlib.nullcontext():      # gradients travel once
+        for part, (images, ids, part_noise) in enumerate(parts):
+            waits = common.world() > 1 and part < cfg.accumulate - 1    # gradients travel once a step
+            with network.no_sync() if waits else contextlib.nullcontext():
                 with amp:
-                    loss, *_ = network(*part, cached, i)
+                    loss, *_ = network(images, ids, part_noise, cached, part)
                 loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -516,6 +516,11 @@ def test_json_of_coco_and_karpathy_and_texts_beside_pictures(pictures):
         "images": [{"id": 7, "file_name": "0.jpg"}, {"id": 8, "file_name": "1.jpg"}, {"id": 9, "file_name": "2.jpg"}],
         "annotations": [{"image_id": 7, "caption": "a"}, {"image_id": 8, "caption": "b"}, {"image_id": 7, "caption": "c"}, {"image_id": 1, "caption": "d"}]}))
     assert flip.listed("coco.json", "pictures") == ([("pictures/0.jpg", ["a", "c"]), ("pictures/1.jpg", ["b"])], [])
+    Path("elsewhere").mkdir(), Path("pictures/2.jpg").rename("elsewhere/2.jpg")
+    Path("val.json").write_text(json.dumps({"images": [{"id": 1, "file_name": "2.jpg"}], "annotations": [{"image_id": 1, "caption": "e"}]}))
+    source = flip.open_source(tiny(data="coco.json", image_root="pictures", test_data="val.json", test_root="elsewhere"), tokenizer())
+    assert len(source.data.pretrain) == 2 and source.retrieval.texts(0) == ["e"]          # as COCO's two folders are
+    Path("elsewhere/2.jpg").rename("pictures/2.jpg")
     Path("k.json").write_text(json.dumps({"images": [
         {"filepath": "pictures", "filename": f"{i}.jpg", "split": split, "sentences": [{"raw": "x"}, {"raw": "y"}]}
         for i, split in enumerate(("train", "val", "restval", "test"))]}))

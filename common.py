@@ -289,12 +289,27 @@ def decode(data: bytes) -> torch.Tensor:
         raise OSError(why(error).split(", ")[-1]) from error
 
 
-def augment(size: int, scale: float, jitter: float = 0.0):
-    """A crop of `scale` to 1 of the area (1: the centre) made size x size, a flip (MAE's), and a change
-    of brightness, contrast and saturation by up to `jitter` (BEiT's)."""
+def augment(size: int, scale: float, jitter: float = 0.0, randaugment: int = 0):
+    """A crop of `scale` to 1 of the area (1: the centre) made size x size, a flip (MAE's), a change of
+    brightness, contrast and saturation by up to `jitter` (BEiT's), RandAugment of a magnitude of up to 10.
+
+    Its magnitude counts 11 bins, so that 9 is 9 tenths of the strongest (27 degrees of rotation), as the
+    papers mean it; torchvision's own 31 bins would make it 30 percent."""
     crop = v2.RandomResizedCrop(size, (scale, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
     steps = [crop if scale < 1 else Centre(size), v2.RandomHorizontalFlip()]
-    return v2.Compose(steps + [v2.ColorJitter(jitter, jitter, jitter)] * (jitter > 0))
+    if jitter:
+        steps.append(v2.ColorJitter(jitter, jitter, jitter))
+    if randaugment:
+        fill = [round(255 * value) for value in MEAN]
+        steps.append(v2.RandAugment(2, randaugment, 11, v2.InterpolationMode.BILINEAR, fill=fill))
+    return v2.Compose(steps)
+
+
+def mixing(mixup: float, cutmix: float, classes: int):
+    """(images, labels) -> mixed images, soft labels (B, classes): MixUp or CutMix of these alphas (0: not that
+    one), either as likely."""
+    kinds = [kind(alpha=alpha, num_classes=classes) for kind, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha]
+    return v2.RandomChoice(kinds) if kinds else lambda images, labels: (images, labels)
 
 
 class Centre:
@@ -327,6 +342,16 @@ def to_device(pictures: torch.Tensor, device) -> torch.Tensor:
     """uint8 (B, 3, H, W) -> normalised float32 there: a quarter of the bytes travel."""
     mean, std = mean_std(device)
     return (pictures.to(device, non_blocking=True) - 255 * mean) / (255 * std)
+
+
+def subset(pictures, shots: int, percent: float, seed: int):
+    """`shots` pictures of each class, or `percent` of them (at least one), drawn by the seed."""
+    random, rows = np.random.RandomState(seed), []
+    for label in np.unique(pictures.labels):
+        mine = random.permutation(np.flatnonzero(pictures.labels == label))
+        rows.append(mine[:shots or max(1, round(len(mine) * percent / 100))])
+    rows = np.sort(np.concatenate(rows))
+    return Pictures(pictures.source[rows], pictures.labels[rows], pictures.seed)
 
 
 class Batches(Sampler):
@@ -789,6 +814,12 @@ def knn(train, train_labels, test, test_labels, classes: int, k: int = 20, tempe
     """Weighted k-NN: (top-1, top-5) accuracy in percent; features (n, D), labels (n,)."""
     similarity, rows = nearest(test, train, k)
     return vote(similarity, train_labels[rows], test_labels, classes, temperature)
+
+
+def top1_top5(logits, labels) -> dict:
+    """Percent of logits (n, C) whose largest, or five largest, hold the label (n,)."""
+    hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+    return {"top1": 100 * hits[:, 0].float().mean().item(), "top5": 100 * hits.any(dim=1).float().mean().item()}
 
 
 def shrunk_pixels(images: torch.Tensor) -> torch.Tensor:

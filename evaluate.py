@@ -112,7 +112,7 @@ class Config:
 
     def __post_init__(self):
         source, data = Path(self.checkpoint).resolve(), Path(self.data).resolve().name
-        runs = {stem: source.parent.name for stem in ("checkpoint", "checkpoint.previous", "encoder", "finetuned")}
+        runs = {stem: source.parent.name for stem in ("checkpoint", "checkpoint.previous", "encoder", "finetuned", "classifier")}
         name = (runs | {"finetuned-ema": f"{source.parent.name}-ema"}).get(source.stem, source.stem)
         self.output = self.output or f"runs/{self.protocol}-{name.removesuffix('-' + data)}-{data}"
         share, many = (0, 1), (0, np.inf)
@@ -343,7 +343,7 @@ def accuracy(cfg: Config, model, pictures, device) -> dict:
             return model(images)
 
     table, labels = common.features(logits, pictures, cfg.image_size, device, workers=cfg.workers)
-    return top1_top5(table, labels)
+    return common.top1_top5(table, labels)
 
 
 def ready(model):
@@ -351,12 +351,6 @@ def ready(model):
     model.eval()
     for buffer in model.buffers() if common.world() > 1 else ():
         dist.broadcast(buffer, 0)
-
-
-def top1_top5(logits, labels) -> dict:
-    """Percent of logits (n, C) whose largest, or five largest, hold the label (n,)."""
-    hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-    return {"top1": 100 * hits[:, 0].float().mean().item(), "top5": 100 * hits.any(dim=1).float().mean().item()}
 
 
 def confusion(truth, prediction, classes: int):
@@ -485,7 +479,7 @@ class Segmenter(nn.Module):
 def add_drop_path(blocks, rate: float):
     """Stochastic depth: a branch of block i is left out of a picture's pass with a chance that rises
     linearly from 0 to `rate`; what stays is scaled up. Parameter names do not change."""
-    for block, chance in zip(blocks, torch.linspace(0, rate, len(blocks)).tolist()):
+    for block, chance in zip(blocks, np.linspace(0, rate, len(blocks)).tolist()):
         for branch in (block.attn, block.mlp):
             branch.register_forward_hook(lambda module, _, output, p=chance: stochastic_depth(
                 output, p, "row", module.training))
@@ -552,32 +546,9 @@ class Erase:
 
 
 def augment(cfg: Config):
-    """Crop and flip, RandAugment, random erasing, as far as the configuration asks for them.
-
-    RandAugment's magnitude counts 11 bins, so that 9 is 9 tenths of the strongest (27 degrees of
-    rotation), as the papers mean it; torchvision's own 31 bins would make it 30 percent."""
-    steps = [common.augment(cfg.image_size, cfg.crop_scale)]
-    if cfg.randaugment:
-        fill = [round(255 * value) for value in common.MEAN]
-        steps.append(v2.RandAugment(2, cfg.randaugment, 11, v2.InterpolationMode.BILINEAR, fill=fill))
+    """Crop and flip, RandAugment, random erasing, as far as the configuration asks for them."""
+    steps = [common.augment(cfg.image_size, cfg.crop_scale, randaugment=cfg.randaugment)]
     return v2.Compose(steps + [Erase(cfg.erasing)] * (cfg.erasing > 0))
-
-
-def mixing(cfg: Config, classes: int):
-    """(images, labels) -> mixed images, soft labels (B, C): MixUp or CutMix, either as likely."""
-    kinds = [kind(alpha=alpha, num_classes=classes)
-             for kind, alpha in ((v2.MixUp, cfg.mixup), (v2.CutMix, cfg.cutmix)) if alpha]
-    return v2.RandomChoice(kinds) if kinds else lambda images, labels: (images, labels)
-
-
-def subset(pictures, shots: int, percent: float, seed: int):
-    """`shots` pictures of each class, or `percent` of them (at least one), drawn by the seed."""
-    random, rows = np.random.RandomState(seed), []
-    for label in np.unique(pictures.labels):
-        mine = random.permutation(np.flatnonzero(pictures.labels == label))
-        rows.append(mine[:shots or max(1, round(len(mine) * percent / 100))])
-    rows = np.sort(np.concatenate(rows))
-    return common.Pictures(pictures.source[rows], pictures.labels[rows], pictures.seed)
 
 
 class Masked(common.Pictures):
@@ -806,7 +777,7 @@ def linear_sweep(cfg: Config, encoder, device, data) -> dict:
         right = [(heads(rows)[:, 0].argmax(dim=-1) == labels[:, None]).sum(dim=0)                      # (rates)
                  for rows, labels in zip(x[held].split(1000), y[held].split(1000))]
         best = int(sum(right).argmax()) if held.any() else len(RATES) // 2
-        scores = top1_top5(torch.cat([heads(rows)[:, 1, best] for rows in u.split(1000)]), z)
+        scores = common.top1_top5(torch.cat([heads(rows)[:, 1, best] for rows in u.split(1000)]), z)
     common.say(f"learning rate {peak_lr * RATES[best]:.3g} was chosen, {100 * int(sum(right)[best]) / int(held.sum()):.1f} % "
                "of the held-out pictures" if held.any() else "one picture a class: the middle learning rate was taken")
     return scores | {"chosen_lr": peak_lr * RATES[best]}
@@ -839,7 +810,7 @@ def classify(cfg: Config, model, trained, optimizer, device, data, ema=None) -> 
     common.say(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters are trained")
     if cfg.compile:
         model.compile()
-    network, mix = distributed(model), mixing(cfg, len(data.classes))
+    network, mix = distributed(model), common.mixing(cfg.mixup, cfg.cutmix, len(data.classes))
 
     def loss_of(batch):
         images, labels = common.to_device(batch[0], device), batch[1].to(device, non_blocking=True)
@@ -873,6 +844,8 @@ def finetune(cfg: Config, encoder, device, data, extra: dict, about: dict) -> di
         raise common.UserError(f"{cfg.checkpoint} averages tokens and has no norm for the class token: --pool mean")
     model = Classifier(encoder, classes, cfg.pool)
     if cfg.eval:
+        if cfg.pool == "cls":                            # supmim.py's classifier averages after the encoder's norm
+            model.pool = about["config"].get("pool", "cls")
         head = {name: value for name, value in extra.items() if name.startswith(("head.", "fc_norm."))}
         missing, unexpected = model.load_state_dict(head, strict=False)
         wrong = unexpected + [name for name in missing if not name.startswith("encoder.")]
@@ -953,7 +926,7 @@ def evaluate(cfg: Config) -> dict:
         data = common.open_data(cfg.data, cfg.data_root, cfg.seed)
         if data.test is None:
             raise common.UserError(f"{cfg.data} has no labelled pictures to train and test on")
-        data = data._replace(train=subset(data.train, cfg.shots, cfg.percent, cfg.seed))
+        data = data._replace(train=common.subset(data.train, cfg.shots, cfg.percent, cfg.seed))
     encoder, extra, about = load_encoder(cfg)
     cfg = replace(cfg, image_size=about["config"]["image_size"])
     if cfg.stride > cfg.image_size:

@@ -2,7 +2,8 @@
 
 train   one optimiser step of MAE (ViT-B/16, 224 pixels, 75 % hidden, decoder 8 x 512), or with --method
         maskdistill or dtm of a ViT-B/16 student and a teacher like CLIP's ViT-B/16, with --method flip of both of CLIP's
-        towers at three mask ratios, or with amt of AMT and plain MAE, ours and the peers', each in
+        towers at three mask ratios, with amt of AMT, plain MAE, AMT with data-dependent shapes, and the making of maps
+        (forward only), or with supmim of ViT-B/14 with and without the masked pass, ours and the peers', each in
         a process of its own, taking turns on the same pictures; fused AdamW for all. Printed: images/s,
         the ratio to the first (median over the rounds), FLOP/s counted for each as a share of what a large
         matrix product reaches in the same rounds, and peak memory. Ours begins as its scripts do, with
@@ -43,6 +44,7 @@ import evaluate
 import flip
 import mae
 import maskdistill
+import supmim
 
 DECODER = dict(decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16)
 
@@ -149,6 +151,45 @@ def our_attention(size):
     return model, loss
 
 
+def dense_attention(size):
+    """The same by multinomial draws and boolean masks, as one would write it down first: every patch is embedded and then
+    dropped, every decoder token predicted, and the loss weighted with zeros."""
+    model = amt.AMT(224, 16, *mae.SIZES[size], **DECODER)
+    masked, thrown = amt.counts(196, *model.ratios, "mae")
+
+    def loss(model, images):
+        B, patches = len(images), amt.patchify(images, 16)
+        order = torch.multinomial(torch.rand(B, 196, device=images.device), 196)
+        kind = torch.zeros(B, 196, device=images.device)                        # 0 visible, 1 masked, 2 thrown
+        kind.scatter_(1, order[:, :masked], 1.0).scatter_(1, order[:, masked:masked + thrown], 2.0)
+        x = model.patch_embed(patches) + model.pos_embed[:, 1:]
+        x = torch.cat([(model.cls_token + model.pos_embed[:, :1]).expand(B, -1, -1), x[kind == 0].view(B, -1, x.shape[2])], dim=1)
+        for block in model.blocks:
+            x = block(x)
+        x = model.decoder_embed(model.norm(x))
+        full = model.mask_token.repeat(B, 196, 1)
+        full[kind == 0] = x[:, 1:].flatten(0, 1)
+        full = full + model.decoder_pos_embed[:, 1:]
+        x = torch.cat([x[:, :1] + model.decoder_pos_embed[:, :1], full[kind < 2].view(B, 196 - thrown, -1)], dim=1)
+        for block in model.decoder_blocks:
+            x = block(x)
+        prediction, weight = model.decoder_pred(model.decoder_norm(x[:, 1:])), kind[kind < 2].view(B, -1)
+        error = (prediction.float() - patches[kind < 2].view(B, 196 - thrown, -1)).square().mean(dim=2)
+        return (error * weight).sum() / weight.sum()
+    return model, loss
+
+
+def our_maps(size):
+    model = amt.AMT(224, 16, *mae.SIZES[size], **DECODER)
+    return model, lambda model, images: torch.no_grad()(model.attention_map)(images).sum()
+
+
+def our_classifier(size, **changes):
+    """SupMIM with ViT-B/14: 16 x 16 patches, half of them hidden, a decoder of 2 blocks of half the width."""
+    model = supmim.SupMIM(224, 14, *mae.SIZES[size], 384, 2, 6, **changes)
+    return model, lambda model, images: model(images, torch.arange(len(images), device=images.device))[0]
+
+
 def captions(images):
     """As many captions of 12 words: start 49406, words, end 49407, padding."""
     ids = torch.randint(1, 49406, (len(images), 77), device=images.device)
@@ -158,7 +199,11 @@ def captions(images):
 
 FLIPS = {f"{name}, {ratio:.0%} masked": functools.partial(make, mask_ratio=ratio) for ratio in (0.0, 0.5, 0.75)
          for name, make in (("ours", our_pairs), ("open_clip", open_clip_pairs))}
-CONTESTANTS = {"flip": FLIPS, "amt": {"ours": our_attention, "plain MAE": ours}, "mae": {"ours": ours, "timm blocks": timm_blocks, "transformers": transformers, "vit-pytorch": vit_pytorch},
+CONTESTANTS = {"flip": FLIPS, "amt": {"ours": our_attention, "plain MAE": ours, "dense AMT": dense_attention, "maps": our_maps},
+               "supmim": {"ours": our_classifier, "no masked pass": functools.partial(our_classifier, mim_weight=0.0),
+                          "one pass": functools.partial(our_classifier, passes="one"),
+                          "encoder's tokens": functools.partial(our_classifier, mask_tokens="encoder")},
+               "mae": {"ours": ours, "timm blocks": timm_blocks, "transformers": transformers, "vit-pytorch": vit_pytorch},
                "maskdistill": {"ours": our_student, "transformers": transformers_student},
                "dtm": {"ours": our_morphing, "no morphing": functools.partial(our_morphing, morphs=0)}}
 
@@ -176,14 +221,17 @@ class Contestant:
     def step(self, images):
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bf16):
             loss = self.loss(self.model, images)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        if loss.requires_grad:
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
 
     def flops(self, images):
         """Of one step for one image, the optimiser's left out; counted before anything is compiled."""
         with FlopCounterMode(display=False) as counter:
-            self.loss(self.model, images).backward()
+            loss = self.loss(self.model, images)
+            if loss.requires_grad:
+                loss.backward()
         self.optimizer.zero_grad()
         return counter.get_total_flops() / len(images)
 

@@ -250,8 +250,7 @@ def test_ema_is_the_closed_form():
 
 # -------------------------------------------------------------------------------------------------- pictures
 def test_randaugment_turns_by_27_degrees_at_most():
-    cfg = evaluate.Config(image_size=32, randaugment=9)
-    strength = evaluate.augment(cfg).transforms[1]
+    strength = common.augment(32, 1.0, randaugment=9).transforms[2]
     assert (strength.num_ops, strength.magnitude, strength.num_magnitude_bins) == (2, 9, 11)
     magnitudes, signed = strength._AUGMENTATION_SPACE["Rotate"]
     assert signed and float(magnitudes(11, 32, 32)[9]) == pytest.approx(27)
@@ -287,7 +286,7 @@ def test_erasing():
 def test_mixing():
     torch.manual_seed(0)
     images, labels = torch.rand(8, 3, 32, 32), torch.arange(8)
-    mix, kinds = evaluate.mixing(evaluate.Config(mixup=0.8, cutmix=1.0, smoothing=0.1), 8), set()
+    mix, kinds = common.mixing(0.8, 1.0, 8), set()
     for _ in range(20):
         mixed, soft = mix(images, labels)
         torch.testing.assert_close(soft.sum(1), torch.ones(8))
@@ -302,20 +301,20 @@ def test_mixing():
         want = -(smooth * logits.log_softmax(1)).sum(1).mean()
         torch.testing.assert_close(F.cross_entropy(logits, soft, label_smoothing=0.1), want)
     assert kinds == {"cut", "mix"}
-    same = evaluate.mixing(evaluate.Config(), 8)(images, labels)
+    same = common.mixing(0.0, 0.0, 8)(images, labels)
     assert torch.equal(same[0], images) and torch.equal(same[1], labels)
 
 
 def test_few_shots():
     labels = np.repeat([0, 1, 2], [50, 30, 3])
     pictures = common.Pictures(torch.arange(83, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2), labels)
-    five = evaluate.subset(pictures, 5, 100, 0)
+    five = common.subset(pictures, 5, 100, 0)
     assert np.bincount(five.labels).tolist() == [5, 5, 3]
     assert (labels[five.source[:, 0, 0, 0].numpy()] == five.labels).all()        # each keeps its label
-    assert not torch.equal(five.source, evaluate.subset(pictures, 5, 100, 1).source)
-    assert torch.equal(five.source, evaluate.subset(pictures, 5, 100, 0).source)
-    assert np.bincount(evaluate.subset(pictures, 0, 10, 0).labels).tolist() == [5, 3, 1]
-    assert len(evaluate.subset(pictures, 0, 100, 0)) == 83
+    assert not torch.equal(five.source, common.subset(pictures, 5, 100, 1).source)
+    assert torch.equal(five.source, common.subset(pictures, 5, 100, 0).source)
+    assert np.bincount(common.subset(pictures, 0, 10, 0).labels).tolist() == [5, 3, 1]
+    assert len(common.subset(pictures, 0, 100, 0)) == 83
 
 
 def save(path, array):

@@ -1,0 +1,591 @@
+"""Improve Supervised Representation Learning with Masked Image Modeling (Chen et al., arXiv 2312.00950): SupMIM.
+
+An ordinary classifier learns, beside its labels, to predict the hidden patches of the same pictures: a second pass
+of the same encoder over the visible patches, and a shallow decoder. The decoder is thrown away; what remains is the
+classifier, not a parameter larger.
+
+    loss = cross_entropy(logits, labels) + mim_weight * masked_loss
+    masked_loss = mean over hidden patches of (prediction - target)^2, or cross_entropy(prediction, code)
+
+    images (B, C, H, W) ------------------- MixUp, CutMix: mixed (B, C, H, W)
+      | patchify                                | encode: all patches
+    patches (B, N, P*P*C) -- hidden --+       tokens (B, 1+N, D)
+      | visible                       |         | mean of the patches, head
+      | the same encoder              |       logits (B, classes) ----------> class_loss
+    latent (B, 1+K, D)                |
+      | decoder_embed, mask_token     | pixel_target, or codes of a tokenizer
+      | decoder_blocks                v
+    prediction (B, M, ...) -------> target (B, M, ...) ---------------------> masked_loss
+
+B batch, N patches, K visible, M = N - K hidden, D width, P patch side, C channels.
+Against mae.py: `classify`, the classifier's pass; `kmeans`, `open_tokenizer`; labels, RandAugment, MixUp, drop path.
+--mim-weight 0 is plain supervised training, bit for bit, and draws the same random numbers.
+
+    python supmim.py                                  # drawn shapes, 1,000 labels, no download, 100 s on 2 CPU cores:
+        …
+    python supmim.py --mim-weight 0                   # the baseline
+    python supmim.py --target kmeans                  # codes of patches instead of pixels; or a FILE, see open_tokenizer
+    torchrun --nproc_per_node=8 supmim.py --data imagenet --data-root /where/imagenet/is
+
+No code was released, and of the paper only the abstract could be read: a shallow decoder on the encoder predicts image
+tokens from a masked picture, beside the classifier, and is dropped. Ours are the two passes, which patches either sees,
+the targets (the paper's tokenizer is not known), the weight of the loss, the mean token, and all settings.
+"""
+
+import contextlib
+import importlib.util
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.ops import stochastic_depth
+
+import common
+
+
+# ----------------------------------------------------------------------------------------- Config
+@dataclass
+class Config:
+    data: str = "shapes"          # shapes, cifar10, cifar100, tiny-imagenet, imagenet, or a folder with class folders
+    data_root: str = "data"       # where the named data sets are, or are downloaded to
+    preset: str = ""              # settings to start from; empty: those of --data, "folder" for a folder
+    output: str = ""              # folder of the run; empty: runs/supmim-DATA
+    shots: int = 125              # labelled training pictures per class; 0: all
+    mim_weight: float = 0.3       # of the masked loss; 0: supervised training alone
+    target: str = "pixels"        # of the hidden patches: pixels, kmeans (codes of patches), or a tokenizer's FILE
+    codes: int = 128              # kmeans: how many
+    passes: Literal["two", "one"] = "two"  # one: classify what is visible of the masked picture, no pass over all of it
+    mask_tokens: Literal["decoder", "encoder"] = "decoder"  # where hidden patches get one; decoder: the encoder sees none
+    pool: Literal["mean", "cls"] = "mean"  # what is classified: the mean patch token or the class token
+    model: Literal["micro", "tiny", "small", "base", "large", "huge"] = "micro"  # size of the encoder
+    embed_dim: int = 0            # width D; 0: the model's
+    depth: int = 0                # blocks; 0: the model's
+    num_heads: int = 0            # attention heads; 0: the model's
+    mlp_ratio: float = 4.0        # hidden width of an MLP / D
+    image_size: int = 32          # side of the square input in pixels
+    patch_size: int = 4           # side of a patch in pixels
+    decoder_embed_dim: int = 32   # width E of the decoder
+    decoder_depth: int = 1        # blocks of the decoder
+    decoder_num_heads: int = 2    # attention heads of the decoder
+    mask_ratio: float = 0.5       # share of the patches that is hidden
+    norm_pix: bool = True         # pixels, kmeans: pixels normalised within their patch; no: plain pixels
+    drop_path: float = 0.0        # chance to drop the last block's branches; 0 at the first block
+    crop_scale: float = 1.0       # smallest area of the random crop; 1: no crop
+    randaugment: int = 0          # magnitude, 0 (none) to 10
+    mixup: float = 0.0            # alpha; 0: none
+    cutmix: float = 0.0           # alpha; 0: none
+    smoothing: float = 0.0        # of the labels
+    batch_size: int = 50          # pictures in a step, all processes and passes together
+    accumulate: int = 1           # passes that make up a step, to save memory
+    epochs: int = 40              # passes over the data
+    warmup_epochs: float = 4.0    # epochs of linear warm-up from 0
+    base_lr: float = 0.01         # learning rate for 256 pictures a step
+    weight_decay: float = 0.05    # AdamW's, on matrices and tokens only
+    eval_every: int = 10          # epochs between scores of the test pictures, besides one at the end
+    seed: int = 0                 # decides weights, pictures of --shots, order, augmentation and masks
+    workers: int = 0              # loader processes for each training process; 0: none
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the matrix products; auto: bf16 on a GPU
+    compile: bool = False         # compile the model: a slow first step, faster ones after it
+    resume: bool = True           # go on from the run folder's checkpoint; no: start afresh
+    max_steps: int = 0            # stop after so many steps of the schedule; 0: at its end
+    save_every: int = 0           # steps between checkpoints, besides one after each epoch; 0: none
+    log_every: int = 50           # steps between lines of metrics.jsonl
+    knn_pictures: int = 0         # training pictures that vote in the final k-NN; 0: all
+
+    def __post_init__(self):
+        self.output = self.output or f"runs/supmim-{Path(self.data).resolve().name}"
+        for name, size in zip(("embed_dim", "depth", "num_heads"), SIZES[self.model]):
+            setattr(self, name, getattr(self, name) or size)
+        for name, least in dict(patch_size=1, batch_size=1, accumulate=1, epochs=1, log_every=1, seed=0, shots=0, codes=2,
+                                workers=0, max_steps=0, save_every=0, knn_pictures=0, mim_weight=0, decoder_depth=1,
+                                mixup=0, cutmix=0, randaugment=0, drop_path=0, smoothing=0, eval_every=1).items():
+            if getattr(self, name) < least:
+                raise common.UserError(f"{name} is {getattr(self, name)}, at least {least} is needed")
+        for name, most in dict(randaugment=10, drop_path=0.99, smoothing=0.99).items():
+            if getattr(self, name) > most:
+                raise common.UserError(f"{name} is {getattr(self, name)}, at most {most} is possible")
+        if self.embed_dim % 4 or self.decoder_embed_dim % 4:
+            raise common.UserError("embed_dim and decoder_embed_dim must be multiples of 4")
+        for part, whole in (("patch_size", "image_size"), ("num_heads", "embed_dim"),
+                            ("decoder_num_heads", "decoder_embed_dim")):
+            if getattr(self, whole) % getattr(self, part):
+                raise common.UserError(f"{part} {getattr(self, part)} does not divide "
+                                       f"{whole} {getattr(self, whole)}")
+        patches = (self.image_size // self.patch_size) ** 2
+        if not 0 < int(patches * (1 - self.mask_ratio)) < patches:
+            raise common.UserError(f"mask_ratio {self.mask_ratio} leaves nothing to see or nothing "
+                                   f"to paint of {patches} patches")
+        if self.target not in ("pixels", "kmeans") and not Path(self.target).is_file():
+            raise common.UserError(f"no file {self.target}; --target is pixels, kmeans or a tokenizer's file")
+        if self.passes == "one" and not self.mim_weight:
+            raise common.UserError("--passes one has no pass left with --mim-weight 0")
+
+
+SIZES = {"micro": (64, 4, 2), "tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12),
+         "large": (1024, 24, 16), "huge": (1280, 32, 16)}        # width, depth, heads; micro is ours
+
+# ours, for the paper's ViT-B/14 at 224 pixels: 16 x 16 patches, and a decoder of half the width
+RECIPE = dict(image_size=224, patch_size=14, shots=0, mim_weight=1.0, codes=1024, decoder_embed_dim=384, decoder_depth=2,
+              decoder_num_heads=6, drop_path=0.1, crop_scale=0.08, randaugment=9, mixup=0.8, cutmix=1.0, smoothing=0.1,
+              batch_size=1024, epochs=300, warmup_epochs=10, base_lr=2.5e-4, weight_decay=0.1, eval_every=1, workers=12,
+              knn_pictures=0)
+SMALL = RECIPE | dict(model="tiny", mim_weight=0.3, codes=256, decoder_embed_dim=96, decoder_depth=1, decoder_num_heads=3,
+                      crop_scale=0.35, batch_size=256, epochs=200, base_lr=5e-4, weight_decay=0.05, workers=8)     # ours
+PRESETS = {
+    "shapes": {},                                                         # the defaults above; ours
+    "cifar10": SMALL | dict(image_size=32, patch_size=4),                                    # ours
+    "cifar100": SMALL | dict(image_size=32, patch_size=4),                                   # ours
+    "tiny-imagenet": SMALL | dict(image_size=64, patch_size=8),                              # ours
+    "imagenet": RECIPE | dict(model="base"),
+    "folder": SMALL | dict(model="small", image_size=224, patch_size=16, decoder_embed_dim=192, epochs=100),      # ours
+}
+
+
+# ---------------------------------------------- Vision Transformer (the same text in every script)
+def patchify(images, patch_size: int):
+    """(B, C, H, W) -> (B, N, P*P*C): patches row by row; within one: row, column, channel."""
+    B, C, H, W = images.shape
+    x = images.reshape(B, C, H // patch_size, patch_size, W // patch_size, patch_size)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, patch_size * patch_size * C)
+
+
+def unpatchify(patches, patch_size: int, grid: tuple[int, int]):
+    """The inverse of `patchify`, on a grid of (rows, columns) patches."""
+    x = patches.reshape(len(patches), *grid, patch_size, patch_size, -1)
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)               # (B, C, H, W)
+
+
+def take(tokens, index):
+    """tokens (B, N, D), index (B, K) -> the rows that index names, (B, K, D)."""
+    return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def sincos_positions(dim: int, grid: tuple[int, int]):
+    """Fixed sine-cosine table (1, 1 + N, dim); the cls token's row 0 is zero.
+
+    The first half of the width tells the column, the second the row: [sin | cos] of the coordinate
+    times 10000^(-i / (dim/4)). (The released code names the halves the other way round.)"""
+    omega = 10000.0 ** (-np.arange(dim // 4) / (dim // 4))
+    row, column = np.indices(grid).reshape(2, -1, 1)                            # (N, 1) each
+    table = [f(t * omega) for t in (column, row) for f in (np.sin, np.cos)]      # 4 x (N, dim/4)
+    table = np.pad(np.concatenate(table, axis=1), ((1, 0), (0, 0)))
+    return torch.from_numpy(table).float().unsqueeze(0)
+
+
+class PatchEmbed(nn.Module):
+    """A convolution's parameters used as a matrix, so that hidden patches are never embedded."""
+
+    def __init__(self, patch_size, embed_dim):
+        super().__init__()
+        self.proj = nn.Conv2d(3, embed_dim, patch_size, patch_size)
+
+    def forward(self, patches):                                                 # (B, K, P*P*C)
+        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)                # (D, P*P*C)
+        return F.linear(patches, weight, self.proj.bias)                        # (B, K, D)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):                                                       # (B, T, D)
+        B, T, D = x.shape
+        qkv = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                    # (B, heads, T, d)
+        x = F.scaled_dot_product_attention(q, k, v)                             # (B, heads, T, d)
+        return self.proj(x.transpose(1, 2).reshape(B, T, D))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim, hidden_dim):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, dim, num_heads, mlp_ratio):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class VisionTransformer(nn.Module):
+    """ViT encoder whose parameters are named as in the released MAE, DINO and timm checkpoints.
+
+    image_size: side in pixels, or (height, width)."""
+
+    def __init__(self, image_size, patch_size, embed_dim, depth, num_heads, mlp_ratio=4.0):
+        super().__init__()
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.patch_size, self.grid = patch_size, (height // patch_size, width // patch_size)
+        self.patch_embed = PatchEmbed(patch_size, embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(sincos_positions(embed_dim, self.grid), requires_grad=False)
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+
+    def init_weights(self):
+        """Xavier-uniform matrices, zero biases, tokens N(0, 0.02) (MAE, released code)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))         # (D, C*P*P)
+        nn.init.normal_(self.cls_token, std=0.02)
+
+    def tokens(self, patches, kept=None):
+        """patches (B, N, P*P*C) -> tokens after the last norm (B, 1 + K, D), the cls token first.
+
+        kept (B, K): the patches to look at; the others are not touched. None: all."""
+        pos = self.pos_embed[:, 1:]                                             # (1, N, D)
+        if kept is not None:
+            patches, pos = take(patches, kept), pos[0, kept]                    # (B, K, ...)
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(patches), -1, -1)
+        x = self.patch_embed(patches) + pos                                     # (B, K, D)
+        x = torch.cat([cls, x], dim=1)                                          # (B, 1 + K, D)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def encode(self, images):
+        """Normalised images (B, 3, H, W) -> all tokens (B, 1 + N, D); nothing is ever masked."""
+        return self.tokens(patchify(images, self.patch_size))
+
+
+# ---------------------------------------------------------------------------------------- masking
+def random_masking(noise, mask_ratio: float):
+    """noise (B, N) -> kept (B, K) and hidden (B, N - K) patch numbers, those of least noise kept.
+
+    K = floor(N * (1 - mask_ratio)) in floating point, as released: 100 patches at 0.9 keep 9."""
+    K = int(noise.shape[1] * (1 - mask_ratio))
+    order = noise.argsort(dim=1)
+    return order[:, :K], order[:, K:]
+
+
+# -------------------------------------------------------------------------------- target and loss
+def pixel_target(patches, norm_pix: bool):
+    """patches (B, M, P*P*C) -> what to predict: pixels, or pixels normalised within each patch with
+    the unbiased variance + 1e-6 (section 4.2, "reconstruction target")."""
+    if not norm_pix:
+        return patches
+    mean, var = patches.mean(dim=-1, keepdim=True), patches.var(dim=-1, keepdim=True)
+    return (patches - mean) / (var + 1e-6).sqrt()
+
+
+def reconstruction_loss(prediction, target):
+    """Mean squared error of the hidden patches (section 3). Every picture hides as many, so the
+    plain mean is the paper's: per patch first, then over the hidden patches of the batch."""
+    return (prediction.float() - target).square().mean()
+
+
+def nearest_code(x, centres):
+    """x (..., d), centres (codes, d) -> number of the centre (...) at the least Euclidean distance."""
+    return (x @ centres.T - centres.square().sum(dim=1) / 2).argmax(dim=-1)
+
+
+def kmeans(x, codes: int, seed: int, rounds: int = 20):
+    """Lloyd's algorithm: x (n, d) -> centres (codes, d). It starts at rows of x; a centre with no row nearest stays."""
+    if len(x) < codes:
+        raise common.UserError(f"{len(x)} patches cannot make {codes} codes; lower --codes")
+    start = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:codes]
+    centres = x[start.to(x.device)]
+    for _ in range(rounds):
+        near = torch.cat([nearest_code(rows, centres) for rows in x.split(20_000)])
+        count = torch.bincount(near, minlength=codes).unsqueeze(1)                            # (codes, 1)
+        mean = torch.zeros_like(centres).index_add_(0, near, x) / count.clamp(min=1)
+        centres = torch.where(count > 0, mean, centres)
+    return centres
+
+
+def open_tokenizer(path: str, device):
+    """A tokenizer of one's own -> (images -> codes, how many codes there are).
+
+    The file is Python (it is executed) and defines `tokenizer(device)`, which returns these two: the first turns
+    images (B, 3, H, W) of 0 to 1 into int64 (B, N), a code for each patch, row by row. Raises UserError."""
+    try:
+        spec = importlib.util.spec_from_file_location("tokenizer", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        tokenize, count = module.tokenizer(device)
+    except Exception as error:                           # whatever that program raises
+        raise common.UserError(f"{path} is no Python file with tokenizer(device) -> (codes, count): "
+                               f"{common.why(error)}") from error
+    mean, std = common.mean_std(device)
+    return torch.no_grad()(lambda images: tokenize(images * std + mean)), count
+
+
+# ----------------------------------------------------------------------------------------- SupMIM
+class SupMIM(VisionTransformer):
+    thrown_away = ("decoder", "mask_token", "head")      # what is not the encoder: how these names begin
+
+    def __init__(self, image_size, patch_size, embed_dim, depth, num_heads, decoder_embed_dim,
+                 decoder_depth, decoder_num_heads, mlp_ratio=4.0, mask_ratio=0.5, norm_pix=True, classes=1000,
+                 mim_weight=1.0, codes=0, passes="two", mask_tokens="decoder", pool="mean", drop_path=0.0, smoothing=0.0):
+        super().__init__(image_size, patch_size, embed_dim, depth, num_heads, mlp_ratio)
+        self.mask_ratio, self.norm_pix = mask_ratio, norm_pix
+        self.mim_weight, self.codes, self.smoothing = mim_weight, codes, smoothing
+        self.passes, self.mask_tokens, self.pool = passes, mask_tokens, pool
+        self.head = nn.Linear(embed_dim, classes)
+        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim if mask_tokens == "decoder" else embed_dim))
+        self.decoder_pos_embed = nn.Parameter(sincos_positions(decoder_embed_dim, self.grid),
+                                              requires_grad=False)
+        self.decoder_blocks = nn.ModuleList(Block(decoder_embed_dim, decoder_num_heads, mlp_ratio)
+                                            for _ in range(decoder_depth))
+        self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
+        self.decoder_pred = nn.Linear(decoder_embed_dim, codes or 3 * patch_size ** 2)
+        self.init_weights()
+        nn.init.normal_(self.mask_token, std=0.02)
+        add_drop_path(self.blocks, drop_path)
+        if not mim_weight:                               # built all the same: the random numbers stay the same
+            for name, p in self.named_parameters():
+                p.requires_grad_(p.requires_grad and not name.startswith(("decoder", "mask_token")))
+
+    def scores(self, tokens):
+        """Tokens after the last norm (B, 1 + K, D) -> logits (B, classes)."""
+        return self.head(tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(dim=1))
+
+    def classify(self, images):
+        """Normalised images (B, 3, H, W) -> logits (B, classes): all that is left after training."""
+        return self.scores(self.encode(images))
+
+    def encode_masked(self, patches, kept, hidden):
+        """Tokens after the last norm (B, 1 + N, D), cls, kept, hidden, with mask tokens for the hidden patches."""
+        x = self.patch_embed(take(patches, kept))                               # (B, K, D)
+        x = torch.cat([x, self.mask_token.to(x.dtype).expand(len(x), hidden.shape[1], -1)], dim=1)
+        x = x + self.pos_embed[0, torch.cat([kept, hidden], dim=1) + 1]
+        x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def decode(self, latent, kept, hidden):
+        """latent (B, 1 + K or 1 + N, D) -> decoder tokens (B, 1 + N, E): cls, the kept, then the hidden."""
+        x = self.decoder_embed(latent)                                          # (B, 1 + K, E)
+        if self.mask_tokens == "decoder":
+            x = torch.cat([x, self.mask_token.to(x.dtype).expand(len(x), hidden.shape[1], -1)], dim=1)
+        place = F.pad(torch.cat([kept, hidden], dim=1) + 1, (1, 0))             # (B, 1 + N), cls: 0
+        x = x + self.decoder_pos_embed[0, place]
+        for block in self.decoder_blocks:
+            x = block(x)
+        return x
+
+    def predict_hidden(self, patches, noise):
+        """The masked pass -> tokens of the visible patches (B, 1 + K, D), the prediction (B, M, P*P*C or codes), and
+        which patches it is of (B, M)."""
+        kept, hidden = random_masking(noise, self.mask_ratio)                   # (B, K), (B, M)
+        see = self.tokens if self.mask_tokens == "decoder" else lambda *x: self.encode_masked(*x, hidden)
+        latent = see(patches, kept)                                             # (B, 1 + K, D) or (B, 1 + N, D)
+        decoded = self.decode(latent, kept, hidden)[:, 1 + kept.shape[1]:]       # (B, M, E)
+        return latent[:, :1 + kept.shape[1]], self.decoder_pred(self.decoder_norm(decoded)), hidden
+
+    def forward(self, images, labels, noise=None, mixed=None, codes=None):
+        """images (B, 3, H, W), normalised; labels (B,) or their mixtures (B, classes); noise (B, N) in [0, 1) decides
+        the masks; mixed (B, 3, H, W): what is classified, None: images; codes (B, N) of a tokenizer.
+
+        Returns the loss, the class loss, the masked loss (0 without it), and the logits."""
+        logits = self.classify(images if mixed is None else mixed) if self.passes == "two" else None
+        masked_loss = torch.zeros((), device=images.device)
+        if self.mim_weight:
+            patches = patchify(images, self.patch_size)                         # (B, N, P*P*C)
+            if noise is None:
+                noise = torch.rand(patches.shape[:2], device=images.device)
+            visible, prediction, hidden = self.predict_hidden(patches, noise)
+            if logits is None:
+                logits = self.scores(visible)
+            if self.codes:
+                masked_loss = F.cross_entropy(prediction.float().flatten(0, 1), codes.gather(1, hidden).flatten())
+            else:
+                masked_loss = reconstruction_loss(prediction, pixel_target(take(patches, hidden), self.norm_pix))
+        class_loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.smoothing)
+        return class_loss + self.mim_weight * masked_loss, class_loss, masked_loss, logits
+
+
+def add_drop_path(blocks, rate: float):
+    """Stochastic depth: a branch of block i is left out of a picture's pass with a chance that rises
+    linearly from 0 to `rate`; what stays is scaled up. Parameter names do not change."""
+    for block, chance in zip(blocks, np.linspace(0, rate, len(blocks)).tolist()):
+        for branch in (block.attn, block.mlp):
+            branch.register_forward_hook(lambda module, _, output, p=chance: stochastic_depth(
+                output, p, "row", module.training))
+
+
+def build(cfg: Config, classes: int = 1, codes: int = 0) -> SupMIM:
+    """The untrained model of a configuration; the seed decides its weights. codes: of the target; 0: pixels."""
+    torch.manual_seed(cfg.seed)
+    return SupMIM(cfg.image_size, cfg.patch_size, cfg.embed_dim, cfg.depth, cfg.num_heads,
+                  cfg.decoder_embed_dim, cfg.decoder_depth, cfg.decoder_num_heads, cfg.mlp_ratio,
+                  cfg.mask_ratio, cfg.norm_pix, classes, cfg.mim_weight, codes, cfg.passes, cfg.mask_tokens,
+                  cfg.pool, cfg.drop_path, cfg.smoothing)
+
+
+def resize_positions(table, grid: tuple[int, int]):
+    """Position table (1, 1 + n*n, D) of a square grid -> (1, 1 + h*w, D), bicubic. Same grid: untouched."""
+    side = round((table.shape[1] - 1) ** 0.5)
+    if grid == (side, side):
+        return table
+    patches = table[:, 1:].transpose(1, 2).unflatten(2, (side, side))
+    patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
+    return torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
+
+
+def feature(model: SupMIM):
+    """What k-NN compares: the token that is classified, images -> (B, D)."""
+    return lambda images: model.encode(images)[:, 0] if model.pool == "cls" else model.encode(images)[:, 1:].mean(dim=1)
+
+
+@torch.no_grad()
+def picture(model: SupMIM, images, noise, codes, centres, path):
+    """Write what the masked pass sees and predicts: normalised images (B, 3, H, W), noise (B, N). Of codes (B, N), the
+    centres of patches that were predicted; without centres (codes, P*P*C), white where the code is the true one."""
+    model.eval()
+    patches = patchify(images, model.patch_size)
+    _, prediction, hidden = model.predict_hidden(patches, noise)
+    truth, prediction, caption = take(patches, hidden), prediction.float(), "prediction"
+    if model.codes and centres is None:
+        caption, right = "white: the right code", prediction.argmax(dim=-1) == codes.gather(1, hidden)
+        prediction = torch.where(right.unsqueeze(-1), truth.amax(), truth.amin()).expand_as(truth)
+    else:
+        prediction = centres[prediction.argmax(dim=-1)] if model.codes else prediction
+        if model.norm_pix:                               # back to pixels; this uses the answer
+            mean, var = truth.mean(-1, keepdim=True), truth.var(-1, keepdim=True)
+            prediction = prediction * (var + 1e-6).sqrt() + mean
+            caption += " (each patch with its true mean and variance)"
+    where = hidden.unsqueeze(-1).expand_as(truth)
+    show = lambda x: unpatchify(x, model.patch_size, model.grid)
+    common.save_rows(path, {"original": images, "masked": show(patches.scatter(1, where, 0.0)),
+                            caption: show(torch.zeros_like(patches).scatter(1, where, prediction)),
+                            "prediction over the visible patches": show(patches.scatter(1, where, prediction))})
+    model.train()
+
+
+# ---------------------------------------------------------------------------------------- training
+def train(cfg: Config) -> dict:
+    """Train and score the classifier; returns the last line of metrics.jsonl."""
+    device = common.start(cfg.seed)
+    data = common.open_data(cfg.data, cfg.data_root, cfg.seed)
+    if data.test is None:
+        raise common.UserError(f"{cfg.data} has no labels to learn from; give class folders")
+    labelled = common.subset(data.train, cfg.shots, 100, cfg.seed) if cfg.shots else data.train
+    labelled.transform = common.augment(cfg.image_size, cfg.crop_scale, randaugment=cfg.randaugment)
+    data, classes, size = data._replace(pretrain=labelled, train=labelled), len(data.classes), cfg.image_size
+    tokenize, codes, centres = None, 0, None
+    if cfg.target == "kmeans":
+        codes, centres = cfg.codes, torch.zeros(cfg.codes, 3 * cfg.patch_size ** 2, device=device)
+        to_patches = lambda images: pixel_target(patchify(images, cfg.patch_size), cfg.norm_pix)
+        tokenize = lambda images: nearest_code(to_patches(images), centres)
+    elif cfg.target != "pixels":
+        tokenize, codes = open_tokenizer(cfg.target, device)
+    model = build(cfg, classes, codes).to(device)
+    optimizer = torch.optim.AdamW(common.parameter_groups(model, cfg.weight_decay),
+                                  betas=(0.9, 0.999), fused=True)
+    steps_per_epoch, peak_lr = common.plan(cfg, len(labelled))
+    run = common.Run("supmim", cfg, model, optimizer, steps_per_epoch, {} if centres is None else {"centres": centres})
+    if cfg.target == "kmeans" and not run.first:
+        found, _ = common.features(lambda images: to_patches(images).flatten(1), labelled, size, device,
+                                   workers=cfg.workers, limit=500)
+        centres.copy_(kmeans(found.view(-1, centres.shape[1]), codes, cfg.seed))
+        if common.world() > 1:
+            dist.broadcast(centres, 0)                   # sums on a GPU differ in the last digit
+    patches = model.grid[0] * model.grid[1]
+    common.say(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters with decoder, "
+               f"{len(labelled)} labelled pictures of {classes} classes, "
+               f"{int(patches * (1 - cfg.mask_ratio))} of {patches} patches kept in the masked pass")
+    if cfg.compile:
+        model.compile()                                  # in place: parameter names stay
+    network = DistributedDataParallel(model) if common.world() > 1 else model
+    amp, mix = common.autocast(device, cfg.precision), common.mixing(cfg.mixup, cfg.cutmix, classes)
+    sample = common.sample(data.test, size, 8, device)
+    sample_noise = torch.rand(8, patches, generator=torch.Generator().manual_seed(0)).to(device)
+    sample_codes = tokenize(sample) if tokenize else None
+    if codes and (sample_codes.shape != (8, patches) or not 0 <= sample_codes.min() <= sample_codes.max() < codes):
+        raise common.UserError(f"{cfg.target} gives codes {list(sample_codes.shape)}, up to {sample_codes.max()}, for 8 pictures; "
+                               f"[8, {patches}] below {codes} are needed")
+    order = common.Batches(cfg, len(labelled), run.first, run.last)
+    batches = iter(common.loader(labelled, order, cfg.workers))
+
+    def logits(images):
+        with amp:
+            return model.classify(images)
+
+    def score():
+        model.eval()
+        scores = common.top1_top5(*common.features(logits, data.test, size, device, workers=cfg.workers))
+        common.say(", ".join(f"{name} {value:.2f} %" for name, value in scores.items()))
+        model.train()
+        return scores
+
+    losses = []
+    for step in run.steps():
+        lr = common.learning_rate(step, cfg.warmup_epochs * steps_per_epoch, run.total, peak_lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        step_loss = 0.0
+        for part, noise in enumerate(common.uniform(cfg, step, patches, device)):
+            torch.manual_seed(common.mix(cfg.seed, step, part, common.rank()))   # of mixing and drop path
+            images, labels, _ = next(batches)
+            images, labels = common.to_device(images, device), labels.to(device, non_blocking=True)
+            codes_of = tokenize(images) if tokenize and cfg.mim_weight else None
+            mixed, labels = mix(images, labels)
+            waits = common.world() > 1 and part < cfg.accumulate - 1    # gradients travel once a step
+            with network.no_sync() if waits else contextlib.nullcontext():
+                with amp:
+                    loss, *two, _ = network(images, labels, noise, mixed, codes_of)
+                (loss / cfg.accumulate).backward()
+            step_loss += loss.detach() / cfg.accumulate
+            losses.append(torch.stack(two).detach())
+        optimizer.step()
+        optimizer.zero_grad()
+        epoch, place = divmod(step + 1, steps_per_epoch)
+        due = epoch % cfg.eval_every == 0 or epoch == cfg.epochs
+        if run.end_step(step, step_loss, lr, score if due else None):
+            run.write(step=step + 1, **dict(zip(("class_loss", "masked_loss"), torch.stack(losses).mean(dim=0).tolist())))
+            losses = []                                  # both are the first process's
+            if common.rank() == 0 and cfg.mim_weight:
+                picture(model, sample, sample_noise, sample_codes, centres, run.folder / "reconstruction.png")
+
+    encoder = {name: value for name, value in model.state_dict().items()
+               if not name.startswith(model.thrown_away)}
+    model.eval()
+    scores = run.scores or score()
+    gallery, queries = (common.features(feature(model), part, size, device, workers=cfg.workers)
+                        for part in (data.train, data.test))
+    scores["recall1"] = common.knn(*gallery, *queries, classes, k=1)[0]
+    common.say(f"test pictures whose nearest training picture is of their class: {scores['recall1']:.1f} %")
+    metrics = run.finish(encoder, {"pixels": common.shrunk_pixels, "trained": feature(model),
+                                   "untrained": feature(build(cfg, classes, codes).to(device))}, data, scores)
+    if common.rank() == 0:
+        head = {name: value for name, value in model.state_dict().items() if name.startswith("head.")}
+        weights = {name: value.cpu() for name, value in (encoder | head).items()}
+        common.save_whole({"method": "supmim", "config": asdict(cfg), "model": weights}, run.folder / "classifier.pt")
+    masks = cfg.data if cfg.data == "shapes" else "ade20k"
+    common.say(f"try next: python evaluate.py segment --checkpoint {run.folder}/classifier.pt --data {masks}")
+    return metrics
+
+
+def main(argv=None) -> dict:
+    with common.launched():
+        return train(common.parse(Config, PRESETS, argv, __doc__))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,300 @@
+"""supmim.py: the supervised baseline bit for bit, what reaches what, codes, inference, and whole runs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import common
+import evaluate
+import mae
+import supmim
+from conftest import ROOT, fill
+from supmim import SupMIM, kmeans, nearest_code
+from test_train import close, photos, same, weights      # noqa: F401, photos is a fixture
+
+SMALL = dict(image_size=16, patch_size=4, embed_dim=16, depth=3, num_heads=2, decoder_embed_dim=8, decoder_depth=1,
+             decoder_num_heads=2, classes=5)
+HEAD = {"head.weight", "head.bias"}
+
+
+def pictures(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def reaches(loss, model):
+    """Names of the parameters that get a gradient of the loss other than zero."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(loss, list(named.values()), retain_graph=True, materialize_grads=True, allow_unused=True)
+    return {name for name, gradient in zip(named, found) if gradient.abs().max() > 0}
+
+
+class Plain(nn.Module):
+    """A classifier written out from the definition of a ViT, with torch's own modules and nothing of supmim.py."""
+
+    def __init__(self, model: SupMIM):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(16, 2, 64, 0.0, F.gelu, 1e-6, batch_first=True, norm_first=True) for _ in range(3))
+        self.patch_embed, self.norm, self.head = nn.Conv2d(3, 16, 4, 4), nn.LayerNorm(16, eps=1e-6), nn.Linear(16, 5)
+        self.cls_token, self.pos_embed = nn.Parameter(torch.zeros(1, 1, 16)), nn.Parameter(torch.zeros(1, 17, 16), requires_grad=False)
+        names = {"attn.qkv.weight": "self_attn.in_proj_weight", "attn.qkv.bias": "self_attn.in_proj_bias", "attn.proj": "self_attn.out_proj",
+                 "mlp.fc1": "linear1", "mlp.fc2": "linear2", "patch_embed.proj": "patch_embed"}
+        state = {name: value for name, value in model.state_dict().items() if not name.startswith(("decoder", "mask_token"))}
+        for ours, theirs in names.items():
+            state = {name.replace(ours, theirs): value for name, value in state.items()}
+        self.load_state_dict(state)
+
+    def forward(self, images):
+        x = self.patch_embed(images).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x)[:, 1:].mean(dim=1))
+
+
+# ------------------------------------------------------------------------------------------------- inference
+def test_classifier_is_a_plain_vit():
+    model = fill(SupMIM(**SMALL), skip=("pos_embed", "decoder_pos_embed")).eval()
+    plain, images = Plain(model), pictures(4, 3, 16, 16)
+    torch.testing.assert_close(model.classify(images), plain(images), rtol=1e-5, atol=1e-6)
+    kept = [p.numel() for name, p in model.named_parameters() if not name.startswith(("decoder", "mask_token"))]
+    assert sum(kept) == sum(p.numel() for p in plain.parameters())
+    counted = []
+    for network in (model.classify, plain.train()):      # eval() would take torch's fused path, which is not counted
+        with FlopCounterMode(display=False) as counter:
+            network(images)
+        counted.append(counter.get_total_flops())
+    assert counted[0] == counted[1] > 0
+
+
+def test_sizes_of_the_papers_model():
+    with torch.device("meta"):
+        model = supmim.build(supmim.Config(**supmim.PRESETS["imagenet"]), classes=1000)
+    kept = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(("decoder", "mask_token")) and name != "pos_embed")
+    D, P = 768, 14
+    assert kept == 12 * (12 * D * D + 13 * D) + (3 * P * P + 1) * D + D + 2 * D + 1001 * D - D + 1000 and model.grid == (16, 16)
+
+
+# ---------------------------------------------------------------------------------------------------- losses
+@pytest.mark.parametrize("changes", [{}, dict(mask_tokens="encoder"), dict(codes=7), dict(pool="cls")])
+def test_both_losses_reach_the_encoder(changes):
+    model = SupMIM(**SMALL, **changes)
+    codes = torch.randint(0, 7, (4, 16), generator=torch.Generator().manual_seed(0))
+    _, class_loss, masked_loss, _ = model(pictures(4, 3, 16, 16), torch.tensor([0, 1, 2, 3]), torch.rand(4, 16), codes=codes)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    decoder = {name for name in trained if name.startswith(("decoder", "mask_token"))}
+    # a bias that all keys share changes nothing, and the query of the last block's patches nothing of the class token's logits
+    assert HEAD <= reaches(class_loss, model) and not reaches(class_loss, model) & decoder
+    assert not HEAD & reaches(masked_loss, model) and decoder <= reaches(masked_loss, model)
+    for loss in (class_loss, masked_loss):
+        assert trained - decoder - HEAD <= reaches(loss, model)
+
+
+@pytest.mark.parametrize("mask_tokens", ["decoder", "encoder"])
+@pytest.mark.parametrize("ratio, hidden_count", [(0.5, 8), (0.75, 12), (0.3, 5)])
+def test_hidden_patches_are_hidden(mask_tokens, ratio, hidden_count):
+    model = SupMIM(**SMALL, mask_tokens=mask_tokens, mask_ratio=ratio)
+    images, noise = pictures(3, 3, 16, 16), torch.rand(3, 16, generator=torch.Generator().manual_seed(1))
+    patches = supmim.patchify(images, 4)
+    visible, prediction, hidden = model.predict_hidden(patches, noise)
+    assert hidden.shape == (3, hidden_count) and visible.shape[1] == 1 + 16 - hidden_count and prediction.shape == (3, hidden_count, 48)
+    for where, changes in ((hidden, False), (noise.argsort(1)[:, :1], True)):
+        other = patches.scatter(1, where.unsqueeze(-1).expand(-1, -1, 48), 9.0)
+        assert torch.equal(model.predict_hidden(other, noise)[1], prediction) != changes
+
+
+def test_masked_pass_is_maes():
+    """With mask tokens in the decoder: the same weights, pictures and masks give MAE's loss."""
+    model = SupMIM(**SMALL)
+    other = mae.MAE(**{name: value for name, value in SMALL.items() if name != "classes"}, mask_ratio=0.5)
+    other.load_state_dict({name: value for name, value in model.state_dict().items() if name not in HEAD})
+    images, noise = pictures(4, 3, 16, 16), torch.rand(4, 16)
+    assert torch.equal(model(images, torch.zeros(4, dtype=torch.long), noise)[2], other(images, noise)[0])
+
+
+def test_loss_is_the_sum_and_zero_predictions_score_as_they_must():
+    model, images, labels = SupMIM(**SMALL, mim_weight=0.3, smoothing=0.1), pictures(4, 3, 16, 16), torch.tensor([0, 1, 2, 3])
+    for p in (*model.head.parameters(), *model.decoder_pred.parameters()):
+        nn.init.zeros_(p)
+    loss, class_loss, masked_loss, logits = model(images, labels, torch.rand(4, 16))
+    assert class_loss.item() == pytest.approx(torch.tensor(5.0).log().item(), rel=1e-6) and logits.abs().max() == 0
+    assert masked_loss.item() == pytest.approx(47 / 48, rel=1e-4)              # unbiased variance: (n - 1) / n
+    assert loss.item() == pytest.approx((class_loss + 0.3 * masked_loss).item(), rel=1e-6)
+    model = SupMIM(**SMALL, codes=7)
+    nn.init.zeros_(model.decoder_pred.weight)
+    assert model(images, labels, torch.rand(4, 16), codes=torch.zeros(4, 16, dtype=torch.long))[2].item() == pytest.approx(
+        torch.tensor(7.0).log().item(), rel=1e-6)
+
+
+def test_mixed_pictures_are_classified_and_not_masked():
+    model, images, mixed = SupMIM(**SMALL), pictures(4, 3, 16, 16), pictures(4, 3, 16, 16, seed=1)
+    labels, noise = torch.rand(4, 5).softmax(1), torch.rand(4, 16)
+    plain, with_mix = model(images, labels, noise), model(images, labels, noise, mixed)
+    assert torch.equal(plain[2], with_mix[2]) and torch.equal(with_mix[3], model.classify(mixed))
+    assert with_mix[1].item() == pytest.approx(-(labels * with_mix[3].log_softmax(1)).sum(1).mean().item(), rel=1e-5)
+
+
+def test_one_pass_classifies_what_is_visible():
+    model, images, noise = SupMIM(**SMALL, passes="one"), pictures(4, 3, 16, 16), torch.rand(4, 16)
+    logits = model(images, torch.zeros(4, dtype=torch.long), noise)[3]
+    visible = model.tokens(supmim.patchify(images, 4), supmim.random_masking(noise, 0.5)[0])
+    assert torch.equal(logits, model.head(visible[:, 1:].mean(1)))
+
+
+# ----------------------------------------------------------------------------------------------------- codes
+def test_codes_are_those_of_the_nearest_centre():
+    x, centres = pictures(50, 6), pictures(9, 6, seed=1)
+    brute = [min(range(9), key=lambda k: sum((a - b) ** 2 for a, b in zip(row.tolist(), centres[k].tolist()))) for row in x]
+    assert nearest_code(x, centres).tolist() == brute
+
+
+def test_kmeans_finds_clusters_and_improves():
+    generator = torch.Generator().manual_seed(0)
+    true = 10 * torch.randn(4, 6, generator=generator)
+    x = (true.unsqueeze(1) + 0.1 * torch.randn(4, 100, 6, generator=generator)).flatten(0, 1)
+    cost = lambda rounds, codes: (x - (c := kmeans(x, codes, 1, rounds))[nearest_code(x, c)]).square().sum().item()
+    costs = [cost(rounds, 8) for rounds in range(6)]
+    assert all(b <= a * (1 + 1e-5) for a, b in zip(costs, costs[1:])) and costs[-1] < 0.9 * costs[0]
+    centres = kmeans(x, 8, 1)
+    assert (torch.cdist(true, centres).min(1).values < 1).all()                 # 8 starts meet each of 4 clusters
+    assert torch.equal(centres, kmeans(x, 8, 1)) and not torch.equal(centres, kmeans(x, 8, 2))
+    doubled = kmeans(torch.cat([x[:3], x[:3]]), 6, 0)    # twins: one of each pair stays without patches, and finite
+    assert doubled.isfinite().all()
+    with pytest.raises(common.UserError, match="3 patches cannot make 4 codes"):
+        kmeans(x[:3], 4, 0)
+
+
+# ------------------------------------------------------------------------------------------------- whole runs
+TINY = dict(data="photos", image_size=16, embed_dim=16, depth=2, num_heads=2, decoder_embed_dim=16, shots=0, crop_scale=0.5,
+            epochs=3, batch_size=10, log_every=1, warmup_epochs=1.0, eval_every=2)      # 40 photos: 4 steps an epoch
+
+
+def tiny(**changes):
+    return supmim.Config(**TINY | changes)
+
+
+def read(run):
+    return [json.loads(line) for line in open(f"{run}/metrics.jsonl")]
+
+
+def test_without_the_masked_loss_it_is_the_plain_classifier(photos):
+    """Five steps of a loop written out here, mixing included, give the weights of a run."""
+    cfg = tiny(output="run", mim_weight=0.0, max_steps=5, mixup=0.8, smoothing=0.1, randaugment=5)
+    supmim.train(cfg)
+    assert not Path("run/reconstruction.png").exists()
+    model = supmim.build(cfg, 2)
+    kept = [p for name, p in model.named_parameters() if p.requires_grad]
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and name.startswith(("decoder", "mask_token"))]
+    groups = [{"params": [p for p in kept if (p.ndim > 1) == matrix], "weight_decay": 0.05 * matrix} for matrix in (True, False)]
+    optimizer, mix = torch.optim.AdamW(groups, fused=True), common.mixing(0.8, 0.0, 2)
+    train = common.open_data("photos", "").train
+    train.transform = common.augment(16, 0.5, randaugment=5)
+    for step, batch in enumerate(common.Batches(cfg, 40, 0, 5)):
+        for group in optimizer.param_groups:
+            group["lr"] = common.learning_rate(step, 4, 12, 0.01 * 10 / 256)
+        torch.manual_seed(common.mix(0, step, 0, 0))
+        images, labels, _ = zip(*(train[key] for key in batch))
+        images, labels = mix(common.to_device(torch.stack(images), torch.device("cpu")), torch.tensor(labels))
+        F.cross_entropy(model.head(model.encode(images)[:, 1:].mean(dim=1)), labels, label_smoothing=0.1).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert same(weights("run"), model.state_dict())
+
+
+def test_weight_of_the_masked_loss_changes_no_random_number(photos):
+    """One step with a weight too small to matter: the classifier's gradients are those of the baseline."""
+    for name, weight in (("none", 0.0), ("tiny", 1e-30)):
+        supmim.train(tiny(output=name, mim_weight=weight, mixup=0.8, drop_path=0.5, randaugment=5, max_steps=4))
+    none, some = weights("none"), weights("tiny")
+    assert same(*({name: value for name, value in w.items() if not name.startswith(("decoder", "mask_token"))} for w in (none, some)))
+    assert not torch.equal(none["decoder_pred.weight"], some["decoder_pred.weight"])           # Adam's step has no scale
+
+
+@pytest.mark.parametrize("changes", [dict(drop_path=0.3, mixup=0.5, cutmix=1.0), dict(target="kmeans", codes=8, mask_tokens="encoder"),
+                                     dict(passes="one", pool="cls", shots=10)])
+def test_resumed_run_equals_an_undisturbed_one(photos, changes):
+    whole = supmim.train(tiny(output="whole", **changes))
+    for steps in (2, 5, 0):
+        parts = supmim.train(tiny(output="parts", max_steps=steps, **changes))
+    assert same(weights("whole"), weights("parts")) and whole == parts
+    lines = read("whole")
+    ends = [line["step"] for line in lines if "masked_loss" in line]
+    per_epoch = (20 if "shots" in changes else 40) // 10
+    assert ends == [per_epoch * e for e in (1, 2, 3)] and [line["step"] for line in lines if "top1" in line] == [ends[1], ends[2], ends[2]]
+    assert Image.open("whole/reconstruction.png").size[0] > 8 * 90 and {"top1", "top5", "recall1", "knn_trained"} <= lines[-1].keys()
+
+
+def test_a_tokenizer_of_ones_own(photos, capsys):
+    Path("bright.py").write_text("""def tokenizer(device):
+    def codes(images):                                   # how bright a patch is, in eight steps
+        assert 0 <= images.min() and images.max() <= 1
+        patches = images.mean(dim=1).unfold(1, 4, 4).unfold(2, 4, 4).mean(dim=(3, 4))
+        return (patches * 8).clamp(max=7).long().flatten(1)
+    return codes, 8
+""")
+    supmim.train(tiny(output="run", target="bright.py", epochs=12, base_lr=0.1))
+    losses = [line["masked_loss"] for line in read("run") if "masked_loss" in line]
+    assert weights("run")["decoder_pred.weight"].shape == (8, 16) and losses[-1] < 0.9 * losses[0]
+    for text, words in (("x = 1", "no Python file with tokenizer"), ("def tokenizer(device): return lambda images: images.long(), 8", r"\[8, 16\] below 8 are needed")):
+        Path("bad.py").write_text(text)
+        with pytest.raises(common.UserError, match=words):
+            supmim.train(tiny(output="bad", target="bad.py"))
+
+
+def test_export_is_a_plain_classifier(photos):
+    found = supmim.train(tiny(output="run"))
+    saved = torch.load("run/classifier.pt", weights_only=True)
+    plain = Plain(SupMIM(**SMALL | dict(depth=3, classes=5)))      # of its modules only the names
+    assert not [name for name in saved["model"] if name.startswith(("decoder", "mask_token"))]
+    names = {name.replace("self_attn.in_proj_", "attn.qkv.").replace("self_attn.out_proj", "attn.proj").replace("linear1", "mlp.fc1").replace("linear2", "mlp.fc2")
+             for name in plain.state_dict() if not name.startswith("blocks.2")}
+    assert {name.replace("patch_embed.proj", "patch_embed") for name in saved["model"]} == names
+    encoder = torch.load("run/encoder.pt", weights_only=True)
+    assert set(saved["model"]) - set(encoder) == HEAD
+    for file in ("classifier.pt", "checkpoint.pt"):      # evaluate.py scores it as the run itself did
+        assert evaluate.main(["finetune", "--eval", "--checkpoint", f"run/{file}", "--data", "photos"])["top1"] == found["top1"]
+
+
+def test_two_processes_equal_one(photos):
+    changes = dict(target="kmeans", codes=8)
+    supmim.train(tiny(output="one", **changes))
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in (TINY | changes).items()]
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "supmim.py"),
+                           "--preset=shapes", *flags, "--output=two", "--accumulate=5"], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    close(weights("one"), weights("two"))
+
+
+def test_short_run_learns(in_tmp):
+    found = supmim.main(["--epochs=4", "--warmup-epochs=1", "--mask-ratio=0.75", "--max-steps=60"])
+    losses = [line["loss"] for line in read("runs/supmim-shapes") if "loss" in line]
+    assert found["step"] == 60 and losses[0] > losses[-1]
+    encoder, extra, _ = evaluate.load_encoder(evaluate.Config("segment", "runs/supmim-shapes/classifier.pt"))
+    assert encoder.encode(torch.randn(1, 3, 32, 32)).shape == (1, 65, 64) and set(extra) == HEAD
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--target=nothing.py"], "no file nothing.py"), (["--mim-weight=-1"], "mim_weight is -1"), (["--passes=one", "--mim-weight=0"], "--passes one"),
+    (["--mask-ratio=1"], "nothing to see"), (["--drop-path=1"], "drop_path is 1"), (["--shots=5", "--batch-size=64"], "batch"),
+    (["--masc-ratio=0.5"], "did you mean --mask-ratio?")])
+def test_a_users_mistake_is_one_line(in_tmp, capfd, argv, words):
+    with pytest.raises(SystemExit) as stop:
+        supmim.main(argv)
+    error = capfd.readouterr().err.strip()
+    assert stop.value.code == 2 and words in error and error.startswith("error: ") and "\n" not in error
+
+
+def test_pictures_without_labels_are_refused(in_tmp):
+    Path("flat").mkdir()
+    Image.new("RGB", (20, 20)).save("flat/a.png")
+    with pytest.raises(common.UserError, match="has no labels to learn from"):
+        supmim.train(supmim.Config(data="flat"))

@@ -580,7 +580,7 @@ def _draw(split: int, index: np.ndarray) -> dict:
 
 # -------------------------------------------------------------------------------------------- run
 FREE = {"output", "data_root", "preset", "workers", "accumulate", "compile", "resume", "trust", "max_steps",
-        "save_every", "log_every", "knn_pictures"}       # what may differ when a run goes on
+        "save_every", "log_every", "knn_pictures", "eval_every"}       # what may differ when a run goes on
 
 
 def write_metrics(folder: Path, **values):
@@ -751,8 +751,8 @@ class Run:
             dist.all_reduce(broken, dist.ReduceOp.MAX)   # each process met its own
         result = {"step": max(self.first, self.last), "loss": self.loss, "unreadable": int(broken.sum())} | (scores or {})
         if data.test is not None:
-            result |= {f"knn_{name}": knn_score(encode, data, self.cfg, self.device)
-                       for name, encode in encoders.items()}
+            for name, encode in encoders.items():
+                result[f"knn_{name}"], result[f"recall1_{name}"] = knn_score(encode, data, self.cfg, self.device)
             say(f"k-NN accuracy, {len(data.classes)} classes, {len(data.test)} test pictures: "
                 + ", ".join(f"{name} {result[f'knn_{name}']:.1f} %" for name in encoders))
         if rank() == 0:
@@ -827,11 +827,14 @@ def shrunk_pixels(images: torch.Tensor) -> torch.Tensor:
     return F.adaptive_avg_pool2d(images, 32).flatten(1)
 
 
-def knn_score(encode, data: Data, cfg, device) -> float:
-    """Top-1 of `knn` (k = 20) on the test set; at most --knn-pictures of the training set vote."""
+def knn_score(encode, data: Data, cfg, device) -> tuple[float, float]:
+    """Percent of the test set that `knn` (k = 20) gets right, and whose nearest neighbour alone is of its class
+    (recall@1); the neighbours are at most --knn-pictures of the training set."""
     size = {"size": cfg.image_size, "device": device, "workers": cfg.workers}
-    train = features(encode, data.train, limit=cfg.knn_pictures, **size)
-    return knn(*train, *features(encode, data.test, **size), len(data.classes))[0]
+    train, labels = features(encode, data.train, limit=cfg.knn_pictures, **size)
+    test, truth = features(encode, data.test, **size)
+    similarity, rows = nearest(test, train, 20)
+    return tuple(vote(similarity[:, :k], labels[rows[:, :k]], truth, len(data.classes))[0] for k in (20, 1))
 
 
 # ---------------------------------------------------------------------------- pictures for people

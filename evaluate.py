@@ -10,7 +10,7 @@
 --checkpoint is a checkpoint of any script here, or a released file in timm's names (MAE: encoder,
 full or fine-tuned; DINO; DeiT and timm without the distillation token) with --model base (and
 --method mae) to say what it is; `none` is the untrained encoder: with finetune, training from
-scratch. --data chooses the settings as in the other scripts; `--data imagenet` are the papers'.
+scratch; with finetune --eval, fine-tuned weights and supmim.py's classifiers are scored. --data chooses the settings as in the other scripts; `--data imagenet` are the papers'.
 
     protocol    trained                          input            chosen on
     knn         nothing                          centres          nothing: k is 20, all k and taps are shown
@@ -54,7 +54,7 @@ from tqdm import tqdm
 import common
 
 IGNORE = 255                                             # the class of pixels that do not count
-NEIGHBOURS = (10, 20, 100, 200)
+NEIGHBOURS = (1, 10, 20, 100, 200)
 RATES = np.logspace(-2, 2.5, 10).tolist()                 # of the linear sweep, times --base-lr
 
 
@@ -852,6 +852,8 @@ def finetune(cfg: Config, encoder, device, data, extra: dict, about: dict) -> di
         if wrong:
             raise common.UserError(f"{cfg.checkpoint} has another classifier: {wrong[:3]}")
         return accuracy(cfg, model.to(device), data.test, device)
+    if "pool" in about["config"]:                        # supmim.py's; from here on it is ours
+        about["config"]["pool"] = cfg.pool
     add_drop_path(encoder.blocks, cfg.drop_path)
     model.to(device)
     groups = layer_decay_groups(model, cfg.weight_decay, cfg.layer_decay)

@@ -19,7 +19,7 @@ classifier, not a parameter larger.
 
 B batch, N patches, K visible, M = N - K hidden, D width, P patch side, C channels.
 Against mae.py: `classify`, the classifier's pass; `kmeans`, `open_tokenizer`; labels, RandAugment, MixUp, drop path.
---mim-weight 0 is plain supervised training, bit for bit, and draws the same random numbers.
+--mim-weight 0 is plain supervised training, bit for bit, and with the other flags the same draws the same random numbers.
 
     python supmim.py                                  # drawn shapes, 1,000 labels, no download, 100 s on 2 CPU cores:
         …
@@ -28,8 +28,8 @@ Against mae.py: `classify`, the classifier's pass; `kmeans`, `open_tokenizer`; l
     torchrun --nproc_per_node=8 supmim.py --data imagenet --data-root /where/imagenet/is
 
 No code was released, and of the paper only the abstract could be read: a shallow decoder on the encoder predicts image
-tokens from a masked picture, beside the classifier, and is dropped. Ours are the two passes, which patches either sees,
-the targets (the paper's tokenizer is not known), the weight of the loss, the mean token, and all settings.
+tokens from a masked picture, beside the classifier, and is dropped. Ours are the two passes, which patches each
+pass sees, the targets (the paper's tokenizer is not known), the weight of the loss, averaging the tokens, and all settings.
 """
 
 import contextlib
@@ -61,7 +61,7 @@ class Config:
     target: str = "pixels"        # of the hidden patches: pixels, kmeans (codes of patches), or a tokenizer's FILE
     codes: int = 128              # kmeans: how many
     passes: Literal["two", "one"] = "two"  # one: classify what is visible of the masked picture, no pass over all of it
-    mask_tokens: Literal["decoder", "encoder"] = "decoder"  # where hidden patches get one; decoder: the encoder sees none
+    mask_tokens: Literal["decoder", "encoder"] = "decoder"  # where they stand for the hidden patches
     pool: Literal["mean", "cls"] = "mean"  # what is classified: the mean patch token or the class token
     model: Literal["micro", "tiny", "small", "base", "large", "huge"] = "micro"  # size of the encoder
     embed_dim: int = 0            # width D; 0: the model's
@@ -96,7 +96,7 @@ class Config:
     max_steps: int = 0            # stop after so many steps of the schedule; 0: at its end
     save_every: int = 0           # steps between checkpoints, besides one after each epoch; 0: none
     log_every: int = 50           # steps between lines of metrics.jsonl
-    knn_pictures: int = 0         # training pictures that vote in the final k-NN; 0: all
+    knn_pictures: int = 0         # training pictures that vote in the final k-NN and retrieval; 0: all
 
     def __post_init__(self):
         self.output = self.output or f"runs/supmim-{Path(self.data).resolve().name}"
@@ -121,8 +121,6 @@ class Config:
         if not 0 < int(patches * (1 - self.mask_ratio)) < patches:
             raise common.UserError(f"mask_ratio {self.mask_ratio} leaves nothing to see or nothing "
                                    f"to paint of {patches} patches")
-        if self.target not in ("pixels", "kmeans") and not Path(self.target).is_file():
-            raise common.UserError(f"no file {self.target}; --target is pixels, kmeans or a tokenizer's file")
         if self.passes == "one" and not self.mim_weight:
             raise common.UserError("--passes one has no pass left with --mim-weight 0")
 
@@ -134,7 +132,7 @@ SIZES = {"micro": (64, 4, 2), "tiny": (192, 12, 3), "small": (384, 12, 6), "base
 RECIPE = dict(image_size=224, patch_size=14, shots=0, mim_weight=1.0, codes=1024, decoder_embed_dim=384, decoder_depth=2,
               decoder_num_heads=6, drop_path=0.1, crop_scale=0.08, randaugment=9, mixup=0.8, cutmix=1.0, smoothing=0.1,
               batch_size=1024, epochs=300, warmup_epochs=10, base_lr=2.5e-4, weight_decay=0.1, eval_every=1, workers=12,
-              knn_pictures=0)
+              knn_pictures=20000)
 SMALL = RECIPE | dict(model="tiny", mim_weight=0.3, codes=256, decoder_embed_dim=96, decoder_depth=1, decoder_num_heads=3,
                       crop_scale=0.35, batch_size=256, epochs=200, base_lr=5e-4, weight_decay=0.05, workers=8)     # ours
 PRESETS = {
@@ -316,19 +314,27 @@ def kmeans(x, codes: int, seed: int, rounds: int = 20):
     return centres
 
 
-def open_tokenizer(path: str, device):
-    """A tokenizer of one's own -> (images -> codes, how many codes there are).
+def open_tokenizer(path: str, image_size: int, patches: int, device):
+    """A tokenizer of one's own -> (normalised images (B, 3, H, W) -> codes (B, patches), how many codes there are).
 
-    The file is Python (it is executed) and defines `tokenizer(device)`, which returns these two: the first turns
-    images (B, 3, H, W) of 0 to 1 into int64 (B, N), a code for each patch, row by row. Raises UserError."""
+    The file is Python (it is executed) and defines `tokenizer(device)`, which returns two things: what turns images
+    (B, 3, H, W) of 0 to 1, fp32, into int64 codes (B, patches), row by row; and how many codes there are. Raises UserError."""
+    if not Path(path).is_file():
+        raise common.UserError(f"no file {path}; --target is pixels, kmeans or a tokenizer's file")
     try:
         spec = importlib.util.spec_from_file_location("tokenizer", path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         tokenize, count = module.tokenizer(device)
+        with torch.no_grad():
+            found = tokenize(torch.rand(2, 3, image_size, image_size, device=device))
+        fits = found.dtype == torch.int64 and found.shape == (2, patches) and 0 <= found.min() <= found.max() < count
     except Exception as error:                           # whatever that program raises
         raise common.UserError(f"{path} is no Python file with tokenizer(device) -> (codes, count): "
                                f"{common.why(error)}") from error
+    if not fits:
+        raise common.UserError(f"{path} makes {found.dtype} codes {list(found.shape)} of 2 pictures; int64 [2, {patches}] "
+                               f"from 0 to below {count} are needed")
     mean, std = common.mean_std(device)
     return torch.no_grad()(lambda images: tokenize(images * std + mean)), count
 
@@ -360,13 +366,13 @@ class SupMIM(VisionTransformer):
             for name, p in self.named_parameters():
                 p.requires_grad_(p.requires_grad and not name.startswith(("decoder", "mask_token")))
 
-    def scores(self, tokens):
-        """Tokens after the last norm (B, 1 + K, D) -> logits (B, classes)."""
-        return self.head(tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(dim=1))
+    def pooled(self, tokens):
+        """Tokens after the last norm (B, 1 + K, D) -> the one that is classified (B, D)."""
+        return tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(dim=1)
 
     def classify(self, images):
         """Normalised images (B, 3, H, W) -> logits (B, classes): all that is left after training."""
-        return self.scores(self.encode(images))
+        return self.head(self.pooled(self.encode(images)))
 
     def encode_masked(self, patches, kept, hidden):
         """Tokens after the last norm (B, 1 + N, D), cls, kept, hidden, with mask tokens for the hidden patches."""
@@ -393,27 +399,31 @@ class SupMIM(VisionTransformer):
         """The masked pass -> tokens of the visible patches (B, 1 + K, D), the prediction (B, M, P*P*C or codes), and
         which patches it is of (B, M)."""
         kept, hidden = random_masking(noise, self.mask_ratio)                   # (B, K), (B, M)
-        see = self.tokens if self.mask_tokens == "decoder" else lambda *x: self.encode_masked(*x, hidden)
-        latent = see(patches, kept)                                             # (B, 1 + K, D) or (B, 1 + N, D)
+        if self.mask_tokens == "decoder":
+            latent = self.tokens(patches, kept)                                 # (B, 1 + K, D)
+        else:
+            latent = self.encode_masked(patches, kept, hidden)                  # (B, 1 + N, D)
         decoded = self.decode(latent, kept, hidden)[:, 1 + kept.shape[1]:]       # (B, M, E)
         return latent[:, :1 + kept.shape[1]], self.decoder_pred(self.decoder_norm(decoded)), hidden
 
-    def forward(self, images, labels, noise=None, mixed=None, codes=None):
+    def forward(self, images, labels, noise=None, mixed=None, target_codes=None):
         """images (B, 3, H, W), normalised; labels (B,) or their mixtures (B, classes); noise (B, N) in [0, 1) decides
-        the masks; mixed (B, 3, H, W): what is classified, None: images; codes (B, N) of a tokenizer.
+        the masks; mixed (B, 3, H, W): what is classified, and in one pass masked, too, None: images; target_codes (B, N).
 
         Returns the loss, the class loss, the masked loss (0 without it), and the logits."""
-        logits = self.classify(images if mixed is None else mixed) if self.passes == "two" else None
-        masked_loss = torch.zeros((), device=images.device)
+        mixed, masked_loss = images if mixed is None else mixed, torch.zeros((), device=images.device)
+        if self.passes == "two":
+            logits = self.classify(mixed)                                       # (B, classes)
         if self.mim_weight:
-            patches = patchify(images, self.patch_size)                         # (B, N, P*P*C)
+            patches = patchify(images if self.passes == "two" else mixed, self.patch_size)     # (B, N, P*P*C)
             if noise is None:
                 noise = torch.rand(patches.shape[:2], device=images.device)
             visible, prediction, hidden = self.predict_hidden(patches, noise)
-            if logits is None:
-                logits = self.scores(visible)
+            if self.passes == "one":
+                logits = self.head(self.pooled(visible))                        # (B, classes)
             if self.codes:
-                masked_loss = F.cross_entropy(prediction.float().flatten(0, 1), codes.gather(1, hidden).flatten())
+                target = target_codes.gather(1, hidden)                         # (B, M)
+                masked_loss = F.cross_entropy(prediction.float().flatten(0, 1), target.flatten())
             else:
                 masked_loss = reconstruction_loss(prediction, pixel_target(take(patches, hidden), self.norm_pix))
         class_loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.smoothing)
@@ -430,7 +440,9 @@ def add_drop_path(blocks, rate: float):
 
 
 def build(cfg: Config, classes: int = 1, codes: int = 0) -> SupMIM:
-    """The untrained model of a configuration; the seed decides its weights. codes: of the target; 0: pixels."""
+    """The untrained model of a configuration; the seed decides its weights. codes: of the target; 0: pixels.
+
+    classes: evaluate.py, which takes the encoder alone, leaves it out."""
     torch.manual_seed(cfg.seed)
     return SupMIM(cfg.image_size, cfg.patch_size, cfg.embed_dim, cfg.depth, cfg.num_heads,
                   cfg.decoder_embed_dim, cfg.decoder_depth, cfg.decoder_num_heads, cfg.mlp_ratio,
@@ -450,19 +462,19 @@ def resize_positions(table, grid: tuple[int, int]):
 
 def feature(model: SupMIM):
     """What k-NN compares: the token that is classified, images -> (B, D)."""
-    return lambda images: model.encode(images)[:, 0] if model.pool == "cls" else model.encode(images)[:, 1:].mean(dim=1)
+    return lambda images: model.pooled(model.encode(images))
 
 
 @torch.no_grad()
-def picture(model: SupMIM, images, noise, codes, centres, path):
-    """Write what the masked pass sees and predicts: normalised images (B, 3, H, W), noise (B, N). Of codes (B, N), the
-    centres of patches that were predicted; without centres (codes, P*P*C), white where the code is the true one."""
+def picture(model: SupMIM, images, noise, target_codes, centres, path):
+    """Write what the masked pass sees and predicts: normalised images (B, 3, H, W), noise (B, N). Of codes, the
+    centres (codes, P*P*C) that were predicted; without centres, white where the code is that of target_codes (B, N)."""
     model.eval()
     patches = patchify(images, model.patch_size)
     _, prediction, hidden = model.predict_hidden(patches, noise)
     truth, prediction, caption = take(patches, hidden), prediction.float(), "prediction"
     if model.codes and centres is None:
-        caption, right = "white: the right code", prediction.argmax(dim=-1) == codes.gather(1, hidden)
+        caption, right = "white: the right code", prediction.argmax(dim=-1) == target_codes.gather(1, hidden)
         prediction = torch.where(right.unsqueeze(-1), truth.amax(), truth.amin()).expand_as(truth)
     else:
         prediction = centres[prediction.argmax(dim=-1)] if model.codes else prediction
@@ -484,42 +496,40 @@ def train(cfg: Config) -> dict:
     device = common.start(cfg.seed)
     data = common.open_data(cfg.data, cfg.data_root, cfg.seed)
     if data.test is None:
-        raise common.UserError(f"{cfg.data} has no labels to learn from; give class folders")
+        raise common.UserError(f"{cfg.data} has no labelled pictures to train and test on")
     labelled = common.subset(data.train, cfg.shots, 100, cfg.seed) if cfg.shots else data.train
     labelled.transform = common.augment(cfg.image_size, cfg.crop_scale, randaugment=cfg.randaugment)
-    data, classes, size = data._replace(pretrain=labelled, train=labelled), len(data.classes), cfg.image_size
-    tokenize, codes, centres = None, 0, None
+    data = data._replace(pretrain=labelled, train=labelled)
+    patches, codes, tokenize, centres, to_patches = (cfg.image_size // cfg.patch_size) ** 2, 0, None, None, None
     if cfg.target == "kmeans":
         codes, centres = cfg.codes, torch.zeros(cfg.codes, 3 * cfg.patch_size ** 2, device=device)
         to_patches = lambda images: pixel_target(patchify(images, cfg.patch_size), cfg.norm_pix)
         tokenize = lambda images: nearest_code(to_patches(images), centres)
     elif cfg.target != "pixels":
-        tokenize, codes = open_tokenizer(cfg.target, device)
-    model = build(cfg, classes, codes).to(device)
+        tokenize, codes = open_tokenizer(cfg.target, cfg.image_size, patches, device)
+    model = build(cfg, len(data.classes), codes).to(device)
     optimizer = torch.optim.AdamW(common.parameter_groups(model, cfg.weight_decay),
                                   betas=(0.9, 0.999), fused=True)
     steps_per_epoch, peak_lr = common.plan(cfg, len(labelled))
-    run = common.Run("supmim", cfg, model, optimizer, steps_per_epoch, {} if centres is None else {"centres": centres})
-    if cfg.target == "kmeans" and not run.first:
-        found, _ = common.features(lambda images: to_patches(images).flatten(1), labelled, size, device,
+    losses = torch.zeros(2, device=device)               # means of class and masked loss, as far as the epoch has come
+    run = common.Run("supmim", cfg, model, optimizer, steps_per_epoch,
+                     {"losses": losses} | ({} if centres is None else {"centres": centres}))
+    if cfg.target == "kmeans" and cfg.mim_weight and not run.first:
+        found, _ = common.features(lambda images: to_patches(images).flatten(1), labelled, cfg.image_size, device,
                                    workers=cfg.workers, limit=500)
         centres.copy_(kmeans(found.view(-1, centres.shape[1]), codes, cfg.seed))
         if common.world() > 1:
             dist.broadcast(centres, 0)                   # sums on a GPU differ in the last digit
-    patches = model.grid[0] * model.grid[1]
     common.say(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters with decoder, "
-               f"{len(labelled)} labelled pictures of {classes} classes, "
+               f"{len(labelled)} labelled pictures of {len(data.classes)} classes, "
                f"{int(patches * (1 - cfg.mask_ratio))} of {patches} patches kept in the masked pass")
     if cfg.compile:
         model.compile()                                  # in place: parameter names stay
     network = DistributedDataParallel(model) if common.world() > 1 else model
-    amp, mix = common.autocast(device, cfg.precision), common.mixing(cfg.mixup, cfg.cutmix, classes)
-    sample = common.sample(data.test, size, 8, device)
+    amp, mix = common.autocast(device, cfg.precision), common.mixing(cfg.mixup, cfg.cutmix, len(data.classes))
+    sample = common.sample(data.test, cfg.image_size, 8, device)
     sample_noise = torch.rand(8, patches, generator=torch.Generator().manual_seed(0)).to(device)
     sample_codes = tokenize(sample) if tokenize else None
-    if codes and (sample_codes.shape != (8, patches) or not 0 <= sample_codes.min() <= sample_codes.max() < codes):
-        raise common.UserError(f"{cfg.target} gives codes {list(sample_codes.shape)}, up to {sample_codes.max()}, for 8 pictures; "
-                               f"[8, {patches}] below {codes} are needed")
     order = common.Batches(cfg, len(labelled), run.first, run.last)
     batches = iter(common.loader(labelled, order, cfg.workers))
 
@@ -529,56 +539,56 @@ def train(cfg: Config) -> dict:
 
     def score():
         model.eval()
-        scores = common.top1_top5(*common.features(logits, data.test, size, device, workers=cfg.workers))
-        common.say(", ".join(f"{name} {value:.2f} %" for name, value in scores.items()))
+        found = common.features(logits, data.test, cfg.image_size, device, workers=cfg.workers)
         model.train()
+        scores = common.top1_top5(*found)
+        common.say(", ".join(f"{name} {value:.2f} %" for name, value in scores.items()))
         return scores
 
-    losses = []
     for step in run.steps():
         lr = common.learning_rate(step, cfg.warmup_epochs * steps_per_epoch, run.total, peak_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
         step_loss = 0.0
         for part, noise in enumerate(common.uniform(cfg, step, patches, device)):
-            torch.manual_seed(common.mix(cfg.seed, step, part, common.rank()))   # of mixing and drop path
+            # of mixing and drop path, in each process its own: with these, N processes are no longer one
+            torch.manual_seed(common.mix(cfg.seed, step, part, common.rank()))
             images, labels, _ = next(batches)
             images, labels = common.to_device(images, device), labels.to(device, non_blocking=True)
-            codes_of = tokenize(images) if tokenize and cfg.mim_weight else None
             mixed, labels = mix(images, labels)
+            seen = images if cfg.passes == "two" else mixed
+            target_codes = tokenize(seen) if tokenize and cfg.mim_weight else None
             waits = common.world() > 1 and part < cfg.accumulate - 1    # gradients travel once a step
             with network.no_sync() if waits else contextlib.nullcontext():
                 with amp:
-                    loss, *two, _ = network(images, labels, noise, mixed, codes_of)
+                    loss, class_loss, masked_loss, _ = network(images, labels, noise, mixed, target_codes)
                 (loss / cfg.accumulate).backward()
             step_loss += loss.detach() / cfg.accumulate
-            losses.append(torch.stack(two).detach())
+            losses += torch.stack([class_loss, masked_loss]).detach() / (cfg.accumulate * steps_per_epoch)
         optimizer.step()
         optimizer.zero_grad()
         epoch, place = divmod(step + 1, steps_per_epoch)
+        if place == 0:
+            run.write(step=step + 1, class_loss=losses[0].item(), masked_loss=losses[1].item())     # the first process's
+            losses.zero_()
         due = epoch % cfg.eval_every == 0 or epoch == cfg.epochs
-        if run.end_step(step, step_loss, lr, score if due else None):
-            run.write(step=step + 1, **dict(zip(("class_loss", "masked_loss"), torch.stack(losses).mean(dim=0).tolist())))
-            losses = []                                  # both are the first process's
-            if common.rank() == 0 and cfg.mim_weight:
-                picture(model, sample, sample_noise, sample_codes, centres, run.folder / "reconstruction.png")
+        if run.end_step(step, step_loss, lr, score if due else None) and common.rank() == 0 and cfg.mim_weight:
+            picture(model, sample, sample_noise, sample_codes, centres, run.folder / "reconstruction.png")
 
-    encoder = {name: value for name, value in model.state_dict().items()
-               if not name.startswith(model.thrown_away)}
+    scores = run.scores or score()                       # score: it was cut short, or had ended before
     model.eval()
-    scores = run.scores or score()
-    gallery, queries = (common.features(feature(model), part, size, device, workers=cfg.workers)
-                        for part in (data.train, data.test))
-    scores["recall1"] = common.knn(*gallery, *queries, classes, k=1)[0]
-    common.say(f"test pictures whose nearest training picture is of their class: {scores['recall1']:.1f} %")
-    metrics = run.finish(encoder, {"pixels": common.shrunk_pixels, "trained": feature(model),
-                                   "untrained": feature(build(cfg, classes, codes).to(device))}, data, scores)
+    weights = {name: value.cpu() for name, value in model.state_dict().items()
+               if not name.startswith(("decoder", "mask_token"))}
     if common.rank() == 0:
-        head = {name: value for name, value in model.state_dict().items() if name.startswith("head.")}
-        weights = {name: value.cpu() for name, value in (encoder | head).items()}
         common.save_whole({"method": "supmim", "config": asdict(cfg), "model": weights}, run.folder / "classifier.pt")
-    masks = cfg.data if cfg.data == "shapes" else "ade20k"
-    common.say(f"try next: python evaluate.py segment --checkpoint {run.folder}/classifier.pt --data {masks}")
+    encoder = {name: value for name, value in weights.items() if not name.startswith("head.")}
+    untrained = build(cfg, len(data.classes), codes).to(device).eval()
+    metrics = run.finish(encoder, {"pixels": common.shrunk_pixels, "trained": feature(model),
+                                   "untrained": feature(untrained)}, data, scores)
+    common.say(f"top-1 {metrics['top1']:.1f} %, top-5 {metrics['top5']:.1f} %, nearest training picture of the same class "
+               f"{metrics['recall1_trained']:.1f} %")
+    after = {"shapes": "segment", "imagenet": "segment --data ade20k"}.get(cfg.data, f"knn --data {cfg.data}")
+    common.say(f"try next: python evaluate.py {after} --checkpoint {run.folder}/classifier.pt")
     return metrics
 
 

@@ -40,17 +40,21 @@ def reaches(loss, model):
 class Plain(nn.Module):
     """A classifier written out from the definition of a ViT, with torch's own modules and nothing of supmim.py."""
 
-    def __init__(self, model: SupMIM):
+    def __init__(self, depth=3, classes=5):
         super().__init__()
-        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(16, 2, 64, 0.0, F.gelu, 1e-6, batch_first=True, norm_first=True) for _ in range(3))
-        self.patch_embed, self.norm, self.head = nn.Conv2d(3, 16, 4, 4), nn.LayerNorm(16, eps=1e-6), nn.Linear(16, 5)
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(16, 2, 64, 0.0, F.gelu, 1e-6, batch_first=True, norm_first=True)
+                                    for _ in range(depth))
+        self.patch_embed, self.norm, self.head = nn.Conv2d(3, 16, 4, 4), nn.LayerNorm(16, eps=1e-6), nn.Linear(16, classes)
         self.cls_token, self.pos_embed = nn.Parameter(torch.zeros(1, 1, 16)), nn.Parameter(torch.zeros(1, 17, 16), requires_grad=False)
-        names = {"attn.qkv.weight": "self_attn.in_proj_weight", "attn.qkv.bias": "self_attn.in_proj_bias", "attn.proj": "self_attn.out_proj",
-                 "mlp.fc1": "linear1", "mlp.fc2": "linear2", "patch_embed.proj": "patch_embed"}
-        state = {name: value for name, value in model.state_dict().items() if not name.startswith(("decoder", "mask_token"))}
-        for ours, theirs in names.items():
+
+    def load(self, state):
+        """Weights in timm's names, all of them and no other."""
+        for ours, theirs in {"attn.qkv.weight": "self_attn.in_proj_weight", "attn.qkv.bias": "self_attn.in_proj_bias",
+                             "attn.proj": "self_attn.out_proj", "mlp.fc1": "linear1", "mlp.fc2": "linear2",
+                             "patch_embed.proj": "patch_embed"}.items():
             state = {name.replace(ours, theirs): value for name, value in state.items()}
         self.load_state_dict(state)
+        return self
 
     def forward(self, images):
         x = self.patch_embed(images).flatten(2).transpose(1, 2)
@@ -60,10 +64,14 @@ class Plain(nn.Module):
         return self.head(self.norm(x)[:, 1:].mean(dim=1))
 
 
+def inference(state):
+    return {name: value for name, value in state.items() if not name.startswith(("decoder", "mask_token"))}
+
+
 # ------------------------------------------------------------------------------------------------- inference
 def test_classifier_is_a_plain_vit():
     model = fill(SupMIM(**SMALL), skip=("pos_embed", "decoder_pos_embed")).eval()
-    plain, images = Plain(model), pictures(4, 3, 16, 16)
+    plain, images = Plain().load(inference(model.state_dict())), pictures(4, 3, 16, 16)
     torch.testing.assert_close(model.classify(images), plain(images), rtol=1e-5, atol=1e-6)
     kept = [p.numel() for name, p in model.named_parameters() if not name.startswith(("decoder", "mask_token"))]
     assert sum(kept) == sum(p.numel() for p in plain.parameters())
@@ -79,8 +87,8 @@ def test_sizes_of_the_papers_model():
     with torch.device("meta"):
         model = supmim.build(supmim.Config(**supmim.PRESETS["imagenet"]), classes=1000)
     kept = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(("decoder", "mask_token")) and name != "pos_embed")
-    D, P = 768, 14
-    assert kept == 12 * (12 * D * D + 13 * D) + (3 * P * P + 1) * D + D + 2 * D + 1001 * D - D + 1000 and model.grid == (16, 16)
+    D, P = 768, 14                                       # blocks, patches, class token, norm, head
+    assert kept == 12 * (12 * D * D + 13 * D) + (3 * P * P + 1) * D + D + 2 * D + 1000 * D + 1000 and model.grid == (16, 16)
 
 
 # ---------------------------------------------------------------------------------------------------- losses
@@ -88,10 +96,9 @@ def test_sizes_of_the_papers_model():
 def test_both_losses_reach_the_encoder(changes):
     model = SupMIM(**SMALL, **changes)
     codes = torch.randint(0, 7, (4, 16), generator=torch.Generator().manual_seed(0))
-    _, class_loss, masked_loss, _ = model(pictures(4, 3, 16, 16), torch.tensor([0, 1, 2, 3]), torch.rand(4, 16), codes=codes)
+    _, class_loss, masked_loss, _ = model(pictures(4, 3, 16, 16), torch.tensor([0, 1, 2, 3]), torch.rand(4, 16), target_codes=codes)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     decoder = {name for name in trained if name.startswith(("decoder", "mask_token"))}
-    # a bias that all keys share changes nothing, and the query of the last block's patches nothing of the class token's logits
     assert HEAD <= reaches(class_loss, model) and not reaches(class_loss, model) & decoder
     assert not HEAD & reaches(masked_loss, model) and decoder <= reaches(masked_loss, model)
     for loss in (class_loss, masked_loss):
@@ -130,8 +137,8 @@ def test_loss_is_the_sum_and_zero_predictions_score_as_they_must():
     assert loss.item() == pytest.approx((class_loss + 0.3 * masked_loss).item(), rel=1e-6)
     model = SupMIM(**SMALL, codes=7)
     nn.init.zeros_(model.decoder_pred.weight)
-    assert model(images, labels, torch.rand(4, 16), codes=torch.zeros(4, 16, dtype=torch.long))[2].item() == pytest.approx(
-        torch.tensor(7.0).log().item(), rel=1e-6)
+    masked_loss = model(images, labels, torch.rand(4, 16), target_codes=torch.zeros(4, 16, dtype=torch.long))[2]
+    assert masked_loss.item() == pytest.approx(torch.tensor(7.0).log().item(), rel=1e-6)
 
 
 def test_mixed_pictures_are_classified_and_not_masked():
@@ -144,9 +151,53 @@ def test_mixed_pictures_are_classified_and_not_masked():
 
 def test_one_pass_classifies_what_is_visible():
     model, images, noise = SupMIM(**SMALL, passes="one"), pictures(4, 3, 16, 16), torch.rand(4, 16)
-    logits = model(images, torch.zeros(4, dtype=torch.long), noise)[3]
-    visible = model.tokens(supmim.patchify(images, 4), supmim.random_masking(noise, 0.5)[0])
+    mixed, labels = pictures(4, 3, 16, 16, seed=1), torch.zeros(4, dtype=torch.long)
+    kept, hidden = supmim.random_masking(noise, 0.5)
+    visible = model.tokens(supmim.patchify(images, 4), kept)
+    logits = model(images, labels, noise)[3]
     assert torch.equal(logits, model.head(visible[:, 1:].mean(1)))
+    other = supmim.patchify(images, 4).scatter(1, hidden.unsqueeze(-1).expand(-1, -1, 48), 9.0)
+    assert torch.equal(model(supmim.unpatchify(other, 4, (4, 4)), labels, noise)[3], logits)
+    assert torch.equal(model(images, labels, noise, mixed)[0], model(mixed, labels, noise)[0])  # one pass: what is mixed is masked
+
+
+def test_mask_tokens_in_the_encoder_stand_where_the_hidden_patches_are():
+    """Of one patch repeated, with a mask token that is its embedding, the masked pass is that of the whole picture."""
+    model, noise = SupMIM(**SMALL, mask_tokens="encoder"), torch.rand(3, 16)
+    patch = pictures(1, 1, 48)
+    with torch.no_grad():
+        model.mask_token.copy_(model.patch_embed(patch))
+    patches, (kept, hidden) = patch.expand(3, 16, 48), supmim.random_masking(noise, 0.5)
+    place = F.pad(torch.cat([kept, hidden], dim=1) + 1, (1, 0))
+    torch.testing.assert_close(model.encode_masked(patches, kept, hidden), supmim.take(model.tokens(patches), place))
+
+
+@pytest.mark.parametrize("changes", [{}, dict(codes=7), dict(passes="one", mask_tokens="encoder")])
+def test_bf16_and_one_graph(changes):
+    """Under bf16 the losses are fp32 and every parameter gets a gradient; compiling finds one graph."""
+    model, codes = SupMIM(**SMALL, **changes), torch.zeros(4, 16, dtype=torch.long)
+    given = pictures(4, 3, 16, 16), torch.arange(4), torch.rand(4, 16), None, codes
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, *both, _ = model(*given)
+    loss.backward()
+    assert {loss.dtype, *(x.dtype for x in both)} == {torch.float32}
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    found = torch._dynamo.explain(model)(*given)
+    assert (found.graph_count, found.graph_break_count) == (1, 0)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("passes", ["one", "two"])
+def test_which_pictures_are_mixed(photos, monkeypatch, passes):
+    met, forward = [], SupMIM.forward
+    monkeypatch.setattr(SupMIM, "forward", lambda model, images, labels, noise, mixed, codes:
+                        met.append((images, labels, mixed, codes)) or forward(model, images, labels, noise, mixed, codes))
+    monkeypatch.setattr(supmim, "nearest_code", lambda patches, centres: (patches[..., 0] > 0).long())
+    supmim.train(tiny(output="run", passes=passes, mixup=1.0, max_steps=2, target="kmeans", codes=8, norm_pix=False))
+    assert len(met) == 2
+    for images, labels, mixed, codes in met:             # codes: those of the pictures that are masked
+        assert labels.shape == (10, 2) and not torch.equal(images, mixed)
+        assert torch.equal(codes, (supmim.patchify(images if passes == "two" else mixed, 4)[..., 0] > 0).long())
 
 
 # ----------------------------------------------------------------------------------------------------- codes
@@ -210,26 +261,27 @@ def test_without_the_masked_loss_it_is_the_plain_classifier(photos):
 
 
 def test_weight_of_the_masked_loss_changes_no_random_number(photos):
-    """One step with a weight too small to matter: the classifier's gradients are those of the baseline."""
+    """With a weight too small to matter the classifier becomes that of the baseline, drops and mixing included."""
     for name, weight in (("none", 0.0), ("tiny", 1e-30)):
         supmim.train(tiny(output=name, mim_weight=weight, mixup=0.8, drop_path=0.5, randaugment=5, max_steps=4))
-    none, some = weights("none"), weights("tiny")
-    assert same(*({name: value for name, value in w.items() if not name.startswith(("decoder", "mask_token"))} for w in (none, some)))
-    assert not torch.equal(none["decoder_pred.weight"], some["decoder_pred.weight"])           # Adam's step has no scale
+    assert same(inference(weights("none")), inference(weights("tiny")))
+    assert [line["masked_loss"] > 0 for run in ("none", "tiny") for line in read(run) if "masked_loss" in line] == [False, True]
 
 
 @pytest.mark.parametrize("changes", [dict(drop_path=0.3, mixup=0.5, cutmix=1.0), dict(target="kmeans", codes=8, mask_tokens="encoder"),
                                      dict(passes="one", pool="cls", shots=10)])
 def test_resumed_run_equals_an_undisturbed_one(photos, changes):
     whole = supmim.train(tiny(output="whole", **changes))
-    for steps in (2, 5, 0):
+    for steps in (2, 5, 8, 0, 0):                        # the last one finds a run that has ended
         parts = supmim.train(tiny(output="parts", max_steps=steps, **changes))
     assert same(weights("whole"), weights("parts")) and whole == parts
+    lines, also = ([line for line in read(run) if "masked_loss" in line] for run in ("whole", "parts"))
+    assert [line["masked_loss"] for line in lines] == pytest.approx([line["masked_loss"] for line in also], rel=1e-6)
     lines = read("whole")
     ends = [line["step"] for line in lines if "masked_loss" in line]
     per_epoch = (20 if "shots" in changes else 40) // 10
     assert ends == [per_epoch * e for e in (1, 2, 3)] and [line["step"] for line in lines if "top1" in line] == [ends[1], ends[2], ends[2]]
-    assert Image.open("whole/reconstruction.png").size[0] > 8 * 90 and {"top1", "top5", "recall1", "knn_trained"} <= lines[-1].keys()
+    assert Image.open("whole/reconstruction.png").size[0] > 8 * 90 and {"top1", "top5", "recall1_trained", "knn_trained"} <= lines[-1].keys()
 
 
 def test_a_tokenizer_of_ones_own(photos, capsys):
@@ -243,24 +295,31 @@ def test_a_tokenizer_of_ones_own(photos, capsys):
     supmim.train(tiny(output="run", target="bright.py", epochs=12, base_lr=0.1))
     losses = [line["masked_loss"] for line in read("run") if "masked_loss" in line]
     assert weights("run")["decoder_pred.weight"].shape == (8, 16) and losses[-1] < 0.9 * losses[0]
-    for text, words in (("x = 1", "no Python file with tokenizer"), ("def tokenizer(device): return lambda images: images.long(), 8", r"\[8, 16\] below 8 are needed")):
+    for text in ("x = 1", "def tokenizer(device): return lambda images: images.long(), 8", "def tokenizer(device): return lambda images: 1 / 0, 8",
+                 "def tokenizer(device): return lambda images: images[:, 0, ::4, ::4].flatten(1), 8"):
         Path("bad.py").write_text(text)
-        with pytest.raises(common.UserError, match=words):
+        with pytest.raises(common.UserError, match="no Python file with tokenizer|from 0 to below 8 are needed"):
             supmim.train(tiny(output="bad", target="bad.py"))
+    Path("bright.py").rename("moved.py")                 # what was trained does not need it
+    assert evaluate.main(["finetune", "--eval", "--checkpoint", "run/classifier.pt", "--data", "photos"])["top1"] >= 0
 
 
 def test_export_is_a_plain_classifier(photos):
     found = supmim.train(tiny(output="run"))
     saved = torch.load("run/classifier.pt", weights_only=True)
-    plain = Plain(SupMIM(**SMALL | dict(depth=3, classes=5)))      # of its modules only the names
-    assert not [name for name in saved["model"] if name.startswith(("decoder", "mask_token"))]
-    names = {name.replace("self_attn.in_proj_", "attn.qkv.").replace("self_attn.out_proj", "attn.proj").replace("linear1", "mlp.fc1").replace("linear2", "mlp.fc2")
-             for name in plain.state_dict() if not name.startswith("blocks.2")}
-    assert {name.replace("patch_embed.proj", "patch_embed") for name in saved["model"]} == names
+    plain, images = Plain(depth=2, classes=2).load(saved["model"]), pictures(4, 3, 16, 16)     # strictly
+    model = supmim.build(supmim.Config(**saved["config"]), 2)
+    model.load_state_dict(weights("run"))
+    torch.testing.assert_close(plain(images), model.classify(images), rtol=1e-4, atol=1e-5)
     encoder = torch.load("run/encoder.pt", weights_only=True)
     assert set(saved["model"]) - set(encoder) == HEAD
     for file in ("classifier.pt", "checkpoint.pt"):      # evaluate.py scores it as the run itself did
         assert evaluate.main(["finetune", "--eval", "--checkpoint", f"run/{file}", "--data", "photos"])["top1"] == found["top1"]
+    tuned = evaluate.main(["finetune", "--checkpoint", "run/classifier.pt", "--data", "photos", "--pool", "cls", "--epochs", "1",
+                           "--batch-size", "10", "--workers", "0", "--output", "tuned", "--base-lr", "0.1"])
+    config = torch.load("tuned/finetuned.pt", weights_only=True)["config"]
+    assert config["pool"] == "cls" and tuned["top1"] == evaluate.main(
+        ["finetune", "--eval", "--checkpoint", "tuned/finetuned.pt", "--data", "photos"])["top1"]
 
 
 def test_two_processes_equal_one(photos):
@@ -276,8 +335,8 @@ def test_two_processes_equal_one(photos):
 
 def test_short_run_learns(in_tmp):
     found = supmim.main(["--epochs=4", "--warmup-epochs=1", "--mask-ratio=0.75", "--max-steps=60"])
-    losses = [line["loss"] for line in read("runs/supmim-shapes") if "loss" in line]
-    assert found["step"] == 60 and losses[0] > losses[-1]
+    losses = [(line["class_loss"], line["masked_loss"]) for line in read("runs/supmim-shapes") if "class_loss" in line]
+    assert found["step"] == 60 and all(late < early for early, late in zip(losses[0], losses[-1]))
     encoder, extra, _ = evaluate.load_encoder(evaluate.Config("segment", "runs/supmim-shapes/classifier.pt"))
     assert encoder.encode(torch.randn(1, 3, 32, 32)).shape == (1, 65, 64) and set(extra) == HEAD
 
@@ -296,5 +355,5 @@ def test_a_users_mistake_is_one_line(in_tmp, capfd, argv, words):
 def test_pictures_without_labels_are_refused(in_tmp):
     Path("flat").mkdir()
     Image.new("RGB", (20, 20)).save("flat/a.png")
-    with pytest.raises(common.UserError, match="has no labels to learn from"):
+    with pytest.raises(common.UserError, match="has no labelled pictures to train"):
         supmim.train(supmim.Config(data="flat"))

@@ -1,0 +1,191 @@
+"""All six methods on the same pictures with the same budget. Run by hand: `python tests/study.py run --data cifar10-jpg`.
+
+run     trains each method, the supervised baseline and nothing (the untrained encoder), one encoder, one number of epochs,
+        one augmentation, and scores each with evaluate.py: k-NN, linear, attentive, fine-tuning on all labels and on 10 and
+        1 %. It goes on where it stopped: what --results holds already is not run again, and a run that was cut short resumes.
+        --quick: 200 drawn pictures and a few steps, to see that everything works.
+table   writes --results as a Markdown table and as a picture, between the study's marks in README.md.
+
+What is given to whom: MAE and AMT get pictures alone; MaskDistill and DTM are taught by the study's own MAE; FLIP reads
+the names of the classes in captions, the baseline and SupMIM learn the labels: these three have seen the labels.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import common
+
+SHAPE = "--model micro --embed-dim 96 --depth 4 --num-heads 3 --patch-size 4 --image-size 32"      # of every encoder
+DECODER = "--decoder-embed-dim 48 --decoder-depth 1 --decoder-num-heads 3"
+TAUGHT = "--layer-scale 1 --base-lr 3e-3 --color-jitter 0 --teacher {mae}"
+METHODS = {                                              # script and what it needs besides SHAPE and the budget
+    "mae": f"mae.py --base-lr 4e-3 {DECODER}",
+    "amt": f"amt.py --base-lr 4e-3 {DECODER} --start-epoch {{start}} --refresh-every {{start}}",
+    "maskdistill": f"maskdistill.py --min-block 4 {TAUGHT}",
+    "dtm": f"dtm.py {TAUGHT}",
+    "flip": "flip.py --base-lr 4e-3 --text-depth 2 --text-heads 3",
+    "supervised": f"supmim.py --base-lr 2e-3 --mim-weight 0 --mixup 0 --cutmix 0 --randaugment 0 --drop-path 0 {DECODER}",
+    "supmim": f"supmim.py --base-lr 2e-3 --mim-weight 0.3 --mixup 0 --cutmix 0 --randaugment 0 --drop-path 0 {DECODER}"}
+TUNE = ("--batch-size 64 --base-lr 8e-3 --warmup-epochs 1 --mixup 0 --cutmix 0 --randaugment 0 --erasing 0 --drop-path 0")
+PROTOCOLS = {"knn": "knn", "linear": "linear", "attentive": "attentive --epochs {probe} --base-lr 1e-2",
+             "finetune": f"finetune --epochs {{tune}} {TUNE}", "finetune 10 %": f"finetune --percent 10 --epochs {{more}} {TUNE}",
+             "finetune 1 %": f"finetune --percent 1 --epochs {{most}} {TUNE}"}
+LABELLED = {"supervised", "supmim", "flip"}
+
+
+def settings(args) -> tuple[str, str, dict]:
+    """The budget: flags of the pre-training, flags of the scores, and numbers for the braces above."""
+    data = f"--data {shlex.quote(str(args.data))} --workers {args.workers}"
+    train = f"{data} --preset cifar10 --epochs {args.epochs} --batch-size 128 --warmup-epochs 1 --crop-scale 0.5 --knn-pictures 5000"
+    if args.quick:
+        return f"{train} --batch-size 32", f"{data} --batch-size 8", dict(start=1, probe=1, tune=1, more=1, most=1)
+    return train, data, dict(start=max(1, args.epochs // 10), probe=2, tune=5, more=10, most=50)
+
+
+def draw_pictures(folder: Path) -> Path:
+    """160 drawn pictures to train on and 40 to test on, as class folders."""
+    for part, count in (("train", 160), ("val", 40)):
+        drawn = common.shapes("train" if part == "train" else "test", np.arange(count))
+        for i, (picture, shape) in enumerate(zip(drawn["picture"], drawn["shape"])):
+            path = folder / part / str(shape) / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture.transpose(1, 2, 0)).save(path)
+    return folder
+
+
+def call(script: str, flags: str, output: Path) -> dict:
+    """Run a script to its end; the last line of its metrics.jsonl."""
+    command = [sys.executable, str(ROOT / script), *shlex.split(flags), "--output", str(output)]
+    output.mkdir(parents=True, exist_ok=True)
+    with open(output / "log.txt", "a") as log:
+        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+    if code:
+        raise SystemExit(f"{' '.join(command)} failed, see {output}/log.txt")
+    return json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def run(args):
+    """Fill --results: one line a figure, {method, seed, protocol, figure in percent, ...how it was come by}."""
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.loads(line) for line in open(args.results)] if args.results.exists() else []
+    known = {(line["method"], line["seed"], line["protocol"]) for line in lines}
+    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    if args.quick:
+        args.data, args.epochs = draw_pictures(args.runs / "pictures"), 2
+    about = {"commit": commit, "date": datetime.date.today().isoformat(), "machine": machine(), "torch": torch.__version__,
+             "epochs": args.epochs, "data": Path(args.data).name}
+    train, score, numbers = settings(args)
+    for seed in range(args.seeds):
+        folder = lambda name: args.runs / f"{name}-s{seed}"
+        mae = folder("mae") / "checkpoint.pt"
+        for method in args.methods or ["none", *METHODS]:
+            missing = [p for p in PROTOCOLS if (method, seed, p) not in known]
+            if not missing:
+                continue
+            began, seconds = time.time(), 0.0
+            if method != "none":
+                script, flags = METHODS[method].format(mae=mae, **numbers).split(" ", 1)
+                call(script, f"{train} {SHAPE} {flags} --seed {seed}", folder(method))
+                seconds = time.time() - began
+            for protocol in missing:
+                words = PROTOCOLS[protocol].format(**numbers)
+                checkpoint = f"--checkpoint {folder(method)}/checkpoint.pt" if method != "none" else \
+                    f"--checkpoint none --method mae {SHAPE}" + " --layer-decay 1" * words.startswith("finetune")
+                began = time.time()
+                found = call("evaluate.py", f"{words} {score} {checkpoint} --seed {seed}",
+                             args.runs / f"{protocol.removesuffix(' %').replace(' ', '-')}-{method}-s{seed}")
+                line = {"method": method, "seed": seed, "protocol": protocol, "top1": found["top1"], "pretrain_s": round(seconds),
+                        "score_s": round(time.time() - began)} | about
+                with open(args.results, "a") as file:
+                    file.write(json.dumps(line) + "\n")
+                print(f"{method:12} seed {seed}  {protocol:14} {found['top1']:6.2f} %  ({time.time() - began:.0f} s)", flush=True)
+
+
+def machine() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")] or [platform.machine()]
+    return f"{len(names)} x {names[0]}"
+
+
+def figures(path: Path) -> dict:
+    """{(method, protocol): figures over the seeds}, in the order of METHODS and PROTOCOLS."""
+    found = {}
+    for line in map(json.loads, open(path)):
+        found.setdefault((line["method"], line["protocol"]), []).append(line["top1"])
+    return found
+
+
+def table(args):
+    """Between the marks in README.md: a row for each method, mean and half the range over the seeds; and the picture."""
+    found, lines = figures(args.results), [json.loads(line) for line in open(args.results)]
+    shown = lambda values: f"{statistics.mean(values):.1f}" + (f" ± {(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else "")
+    rows = [["", *PROTOCOLS], ["---"] * (len(PROTOCOLS) + 1)]
+    for method in ["none", *METHODS]:
+        if any(key[0] == method for key in found):
+            name = {"none": "untrained", "supervised": "`supmim.py --mim-weight 0`"}.get(method, f"`{method}.py`") + " (labels)" * (method in LABELLED)
+            rows.append([name] + [shown(found[method, p]) if (method, p) in found else "" for p in PROTOCOLS])
+    seeds, about = len({line["seed"] for line in lines}), lines[-1]
+    text = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    text += (f"\n\nTop-1 in %, {about['data']}, {about['epochs']} epochs, {seeds} seed{'s' * (seeds > 1)} (mean ± half the range), {about['machine']}, "
+             f"torch {about['torch']}, commit {about['commit']}, {about['date']}.")
+    readme = (ROOT / "README.md").read_text()
+    before, mark, rest = readme.partition("<!-- study -->\n")
+    if not mark:
+        raise SystemExit("README.md has no <!-- study --> ... <!-- /study -->")
+    (ROOT / "README.md").write_text(f"{before}{mark}{text}\n<!-- /study -->{rest.partition('<!-- /study -->')[2]}")
+    draw(found, args.picture)
+
+
+def draw(found: dict, path: Path):
+    """Bars of every method's figures, a panel for each protocol, as a PNG."""
+    methods = [m for m in ["none", *METHODS] if any(key[0] == m for key in found)]
+    bar, room, wide = 16, 90, 330
+    image = Image.new("RGB", (wide * 3, (len(methods) * bar + 40) * 2), "white")
+    pen = ImageDraw.Draw(image)
+    for i, protocol in enumerate(PROTOCOLS):
+        x, y = wide * (i % 3) + 10, (len(methods) * bar + 40) * (i // 3) + 8
+        pen.text((x, y), protocol, fill="black")
+        for k, method in enumerate(methods):
+            values, top = found.get((method, protocol), []), y + 18 + k * bar
+            pen.text((x, top), "untrained" if method == "none" else method, fill="black")
+            if values:
+                length = statistics.mean(values) * (wide - room - 60) / 100
+                pen.rectangle((x + room, top, x + room + length, top + bar - 4), fill="#c98b3d" if method in LABELLED else "#3d7fc9")
+                pen.line((x + room + min(values) / statistics.mean(values) * length, top + 5, x + room + max(values) / statistics.mean(values) * length, top + 5), fill="black")
+                pen.text((x + room + length + 4, top), f"{statistics.mean(values):.1f}", fill="black")
+    image.save(path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["run", "table"])
+    parser.add_argument("--data", default="cifar10", help="cifar10, or a folder of class folders under train/ and val/ or test/")
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--methods", nargs="*", choices=["none", *METHODS])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--runs", type=Path, default=Path("runs/study"))
+    parser.add_argument("--results", type=Path, default=ROOT / "tests/study.jsonl")
+    parser.add_argument("--picture", type=Path, default=ROOT / "assets/study.png")
+    args = parser.parse_args()
+    {"run": run, "table": table}[args.what](args)
+
+
+if __name__ == "__main__":
+    main()

@@ -277,7 +277,7 @@ def train(args):
             pipes[name].send(repeat)
             times[name].append(pipes[name].recv())
     rate = statistics.median(rates)
-    print(f"\n{args.method}, {args.model}/16, batch {args.batch}, {args.precision}, {'compiled' if args.compile else 'eager'}, "
+    print(f"\n{args.method}, {args.model}, batch {args.batch}, {args.precision}, {'compiled' if args.compile else 'eager'}, "
           f"{args.rounds} rounds, {device_name(args.device)}, torch {torch.__version__}\n"
           f"{n}^3 matrix product: {rate / 1e9:.0f} GFLOP/s (median; {min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f})\n"
           f"{'':24}images/s  x first   GFLOP/image   share of the matrix product   peak GiB")

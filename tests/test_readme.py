@@ -1,0 +1,135 @@
+"""Every command that README.md shows runs: with its own flags, then a tiny model's, on small pictures and weights made here."""
+
+import gzip
+import importlib
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import common
+import evaluate
+import flip
+import mae
+from conftest import ROOT
+from test_flip import MERGES, jpeg, write_tar
+
+VIT = "--image-size 16 --patch-size 4 --embed-dim 16 --depth 2 --num-heads 2 --workers 0 --no-compile --accumulate 1 --epochs 2 --max-steps 1"
+DECODER = "--decoder-embed-dim 16 --decoder-depth 1 --decoder-num-heads 2"
+TINY = {                                                 # what is put behind a command's own flags
+    "mae": f"{VIT} {DECODER} --batch-size 10", "amt": f"{VIT} {DECODER} --batch-size 10 --start-epoch 0",
+    "supmim": f"{VIT} {DECODER} --batch-size 10 --shots 10 --codes 8 --knn-pictures 100",
+    "maskdistill": f"{VIT} --batch-size 10 --teacher-epochs 1 --min-block 2", "dtm": f"{VIT} --batch-size 10 --teacher-epochs 1",
+    "flip": f"{VIT} --batch-size 4 --text-width 16 --text-depth 1 --text-heads 2 --proj-dim 8 --text-length 12 --epoch-pairs 8 --shuffle 10",
+    "evaluate": "--workers 0 --batch-size 8 --epochs 1 --max-steps 1 --accumulate 1"}
+RELEASED = "--image-size 16 --patch-size 4 --embed-dim 16 --depth 2 --num-heads 2"      # with evaluate.py --model base
+CLIP = "--embed-dim 64 --num-heads 1 --text-width 64 --text-heads 1 --towers clip --vocab bpe_simple_vocab_16e6.txt.gz"
+NAMED = {"FOLDER": "photos", "SMALL_FOLDER": "small", "WHERE": ".", "shards/{00000..41407}.tar": "shards/00000.tar"}
+DATA = {"cifar10", "cifar10-jpg", "imagenet", "tiny-imagenet", "stl10"}
+
+
+def commands():
+    """The lines of README.md's sh blocks that start Python, as words: variables put in, comments left out."""
+    found, variables = [], {}
+    for block in re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
+        for line in re.sub(r"\s*\\\n\s*", " ", block).splitlines():
+            for name, value in variables.items():
+                line = re.sub(rf"\${name}\b", lambda _, value=value: value, line)
+            if assigned := re.fullmatch(r'([A-Z])="(.*)"', line):
+                variables[assigned[1]] = assigned[2]
+            words = shlex.split(line, comments=True)
+            if words and words[0] in ("python", "torchrun"):
+                found.append(words)
+    return found
+
+
+def tiny(words: list) -> tuple[str, list]:
+    """Script and flags of a command, made small: known names are those of `prepared`, and data sets keep their presets."""
+    script, *flags = words[next(i for i, word in enumerate(words) if word.endswith(".py")):]
+    script = script.removesuffix(".py")
+    made = []
+    for before, word in zip([""] + flags, flags):
+        if before == "--data" and word in DATA:
+            made += ["photos"] + ["--preset", "folder" if word == "cifar10-jpg" else word] * ("--preset" not in flags)
+        elif word == "..." or word.endswith((".pt", ".pth")):
+            flips = "flip" in word
+            made.append("clip.pt" if word == "ViT-B-16.pt" else "finetuned.pt" if "finetuned" in word else "flip.pt" if flips else "mae.pt")
+        else:
+            made.append(NAMED.get(word, word))
+    if script != "common":
+        made += TINY[script].split() + ["--output", "run", "--no-resume"]
+    if "ViT-B-16.pt" in flags and script == "flip":
+        made += CLIP.split()
+    if script == "maskdistill" and "--teacher" not in flags:
+        made += ["--teacher", "clip.pt"]                 # what it would download
+    if script == "evaluate" and ("--model" in flags or "none" in flags):
+        made += RELEASED.split()
+    return script, made
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A folder with pictures, pairs, vocabularies and weights, all small."""
+    folder = tmp_path_factory.mktemp("readme")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        drawn = common.shapes("train", np.arange(50))
+        for i in range(50):
+            path = Path("photos", "train" if i < 40 else "val", "ab"[i % 2], f"{i:02}.png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(drawn["picture"][i].transpose(1, 2, 0)[:20, :24]).save(path)
+        for split in ("training", "validation"):
+            for i in range(10):
+                for kind, picture in (("images", drawn["picture"][i].transpose(1, 2, 0)), ("annotations", drawn["mask"][i].astype(np.uint8) + 1)):
+                    path = Path("ADEChallengeData2016", kind, split, f"{i}.{'jpg' if kind == 'images' else 'png'}")
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(picture).save(path)
+        pairs = [jpeg(i) for i in range(12)]
+        for part in ("train2017", "val2017"):
+            Path(part).mkdir()
+            for i, (data, _) in enumerate(pairs):
+                Path(part, f"{i}.jpg").write_bytes(data)
+            Path(f"captions_{part}.json").write_text(json.dumps({
+                "images": [{"id": i, "file_name": f"{i}.jpg"} for i in range(12)],
+                "annotations": [{"image_id": i, "caption": caption} for i, (_, caption) in enumerate(pairs)]}))
+        Path("pairs.csv").write_text("image,caption\n" + "".join(f"train2017/{i}.jpg,{caption}\n" for i, (_, caption) in enumerate(pairs)))
+        Path("shards").mkdir()
+        write_tar("shards/00000.tar", [m for i, (data, caption) in enumerate(pairs) for m in ((f"{i}.jpg", data), (f"{i}.txt", caption))])
+        letters = "abcdefghijklmnopqrstuvwxyz"
+        Path("vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]))
+        with gzip.open("bpe_simple_vocab_16e6.txt.gz", "wt", encoding="utf-8") as file:
+            file.write("\n".join(["a title", *MERGES, ""]))
+        mae.main([*TINY["mae"].split(), "--data", "photos", "--preset", "shapes", "--output", "made"])
+        shutil.copy("made/checkpoint.pt", "mae.pt")
+        evaluate.main(["finetune", "--checkpoint", "mae.pt", "--data", "photos", "--output", "tuned", *TINY["evaluate"].split()])
+        shutil.copy("tuned/finetuned.pt", "finetuned.pt")
+        flip.main([*TINY["flip"].split(), "--data", "photos", "--preset", "shapes", "--output", "flip"])
+        shutil.copy("flip/checkpoint.pt", "flip.pt")
+        flip.main([*TINY["flip"].split(), *CLIP.split(), "--data", "photos", "--preset", "shapes", "--output", "clip"])
+        shutil.copy("clip/clip.pt", "clip.pt")
+    return folder
+
+
+def test_commands_are_found():
+    words = commands()
+    assert len(words) >= 40 and {word for line in words for word in line if word.endswith(".py")} >= {f"{name}.py" for name in TINY} | {"common.py"}
+    assert not [word for line in words for word in line if "$" in word]
+
+
+@pytest.mark.parametrize("words", commands(), ids=lambda words: " ".join(words)[:60].replace("/", "_"))
+def test_command(prepared, monkeypatch, words):
+    monkeypatch.chdir(prepared)
+    shutil.rmtree("run", ignore_errors=True)
+    script, flags = tiny(words)
+    found = importlib.import_module(script).main(flags)
+    if script == "common":
+        assert len(list(Path("small").rglob("*.jpg"))) == 50
+    elif "--zero-shot" in flags or script == "evaluate":
+        assert all(0 <= value <= 100 for name, value in found.items() if name.startswith(("top1", "zero_shot")))
+    else:
+        assert found["step"] == 1 and np.isfinite(found["loss"]) and Path("run/checkpoint.pt").exists()

@@ -22,8 +22,8 @@ and made anew every few dozen epochs.
 
 B batch, N patches, M masked, K visible, D width, P patch side, C channels.
 Against mae.py: `attention_map`, `aligned`, `attention_order`; thrown patches; the maps, saved with the checkpoint.
---host simmim: mask tokens go through the encoder, squares of patches are masked, a linear layer predicts, loss l1
-(positions fixed; in the released code learned).
+--host simmim: mask tokens go through the encoder, squares of patches are masked, a linear layer predicts, loss l1;
+positions are learned.
 
     python amt.py                                     # drawn shapes, no download, 93 s on 2 CPU cores
     python amt.py --weights uniform                   # the control: as many masked and thrown, at random
@@ -342,6 +342,7 @@ class AMT(VisionTransformer):
         self.ratios, self.norm_pix, self.host = (mask_ratio, throw_ratio), norm_pix, host
         self.unit = mask_unit // patch_size if host == "simmim" else 1           # side of what is masked, in patches
         if host == "simmim":
+            self.pos_embed.requires_grad_(True)          # learned, from the fixed table on
             self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
             self.decoder_pred = nn.Linear(embed_dim, 3 * patch_size ** 2)
         else:
@@ -579,8 +580,9 @@ def train(cfg: Config) -> dict:
     model = build(cfg).to(device)
     if cfg.init:
         load_weights(model, cfg.init)
-    optimizer = torch.optim.AdamW(common.parameter_groups(model, cfg.weight_decay),
-                                  betas=(0.9, 0.95 if cfg.host == "mae" else 0.999), fused=True)
+    mae = cfg.host == "mae"                              # SimMIM decays neither positions nor class token
+    optimizer = torch.optim.AdamW(common.parameter_groups(model, cfg.weight_decay, () if mae else ("pos_embed", "cls_token")),
+                                  betas=(0.9, 0.95 if mae else 0.999), fused=True)
     steps_per_epoch, peak_lr = common.plan(cfg, len(data.pretrain))
     patches = model.grid[0] * model.grid[1]
     maps = torch.full((len(data.pretrain), patches), 255, dtype=torch.uint8, device=device)       # of the whole pictures

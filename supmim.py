@@ -500,7 +500,7 @@ def train(cfg: Config) -> dict:
     labelled = common.subset(data.train, cfg.shots, 100, cfg.seed) if cfg.shots else data.train
     labelled.transform = common.augment(cfg.image_size, cfg.crop_scale, randaugment=cfg.randaugment)
     data = data._replace(pretrain=labelled, train=labelled)
-    patches, codes, tokenize, centres, to_patches = (cfg.image_size // cfg.patch_size) ** 2, 0, None, None, None
+    patches, codes, tokenize, centres = (cfg.image_size // cfg.patch_size) ** 2, 0, None, None
     if cfg.target == "kmeans":
         codes, centres = cfg.codes, torch.zeros(cfg.codes, 3 * cfg.patch_size ** 2, device=device)
         to_patches = lambda images: pixel_target(patchify(images, cfg.patch_size), cfg.norm_pix)

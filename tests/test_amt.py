@@ -188,6 +188,14 @@ def test_thrown_patches_have_no_effect(host):
         assert (squares[..., 1] == squares[..., 0] + 1).all() and (squares[..., 2] == squares[..., 0] + 8).all()
 
 
+def test_positions_are_learned_with_simmim_only(photos):
+    for host, learned in (("mae", False), ("simmim", True)):
+        before = amt.build(tiny(host=host, mask_unit=4)).pos_embed.clone()
+        amt.train(tiny(output=host, host=host, mask_unit=4, max_steps=2, weight_decay=0.5))
+        after = weights(host)["pos_embed"]
+        assert torch.equal(before[:, 1:], after[:, 1:]) != learned
+
+
 def test_plain_mae_is_a_special_case():
     ours, plain = AMT(32, 4, 16, 2, 2, **DECODER, norm_pix=True), mae.MAE(32, 4, 16, 2, 2, **DECODER)
     plain.load_state_dict(ours.state_dict())

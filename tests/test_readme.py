@@ -62,6 +62,7 @@ def tiny(words: list) -> tuple[str, list]:
         else:
             made.append(NAMED.get(word, word))
     if script != "common":
+        made += ["--data", "photos"] * ("--data" not in flags) + ["--preset", "shapes"] * (not {"--data", "--preset"} & set(flags))
         made += TINY[script].split() + ["--output", "run", "--no-resume"]
     if "ViT-B-16.pt" in flags and script == "flip":
         made += CLIP.split()

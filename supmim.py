@@ -57,7 +57,7 @@ class Config:
     preset: str = ""              # settings to start from; empty: those of --data, "folder" for a folder
     output: str = ""              # folder of the run; empty: runs/supmim-DATA
     shots: int = 125              # labelled training pictures per class; 0: all
-    mim_weight: float = 0.3       # of the masked loss; 0: supervised training alone
+    mim_weight: float = 5.0       # of the masked loss; 0: supervised training alone
     target: str = "pixels"        # of the hidden patches: pixels, kmeans (codes of patches), or a tokenizer's FILE
     codes: int = 128              # kmeans: how many
     passes: Literal["two", "one"] = "two"  # one: classify what is visible of the masked picture, no pass over all of it
@@ -83,8 +83,8 @@ class Config:
     smoothing: float = 0.0        # of the labels
     batch_size: int = 50          # pictures in a step, all processes and passes together
     accumulate: int = 1           # passes that make up a step, to save memory
-    epochs: int = 40              # passes over the data
-    warmup_epochs: float = 4.0    # epochs of linear warm-up from 0
+    epochs: int = 30              # passes over the data
+    warmup_epochs: float = 3.0    # epochs of linear warm-up from 0
     base_lr: float = 0.01         # learning rate for 256 pictures a step
     weight_decay: float = 0.05    # AdamW's, on matrices and tokens only
     eval_every: int = 10          # epochs between scores of the test pictures, besides one at the end
@@ -133,7 +133,7 @@ RECIPE = dict(image_size=224, patch_size=14, shots=0, mim_weight=1.0, codes=1024
               decoder_num_heads=6, drop_path=0.1, crop_scale=0.08, randaugment=9, mixup=0.8, cutmix=1.0, smoothing=0.1,
               batch_size=1024, epochs=300, warmup_epochs=10, base_lr=2.5e-4, weight_decay=0.1, eval_every=1, workers=12,
               knn_pictures=20000)
-SMALL = RECIPE | dict(model="tiny", mim_weight=0.3, codes=256, decoder_embed_dim=96, decoder_depth=1, decoder_num_heads=3,
+SMALL = RECIPE | dict(model="tiny", mim_weight=5.0, codes=256, decoder_embed_dim=96, decoder_depth=1, decoder_num_heads=3,
                       crop_scale=0.35, batch_size=256, epochs=200, base_lr=5e-4, weight_decay=0.05, workers=8)     # ours
 PRESETS = {
     "shapes": {},                                                         # the defaults above; ours

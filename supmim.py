@@ -21,8 +21,7 @@ B batch, N patches, K visible, M = N - K hidden, D width, P patch side, C channe
 Against mae.py: `classify`, the classifier's pass; `kmeans`, `open_tokenizer`; labels, RandAugment, MixUp, drop path.
 --mim-weight 0 is plain supervised training, bit for bit, and with the other flags the same draws the same random numbers.
 
-    python supmim.py                                  # drawn shapes, 1,000 labels, no download, 100 s on 2 CPU cores:
-        …
+    python supmim.py                                  # drawn shapes, 1,000 labels, no download
     python supmim.py --mim-weight 0                   # the baseline
     python supmim.py --target kmeans                  # codes of patches instead of pixels; or a FILE, see open_tokenizer
     torchrun --nproc_per_node=8 supmim.py --data imagenet --data-root /where/imagenet/is
@@ -57,7 +56,7 @@ class Config:
     preset: str = ""              # settings to start from; empty: those of --data, "folder" for a folder
     output: str = ""              # folder of the run; empty: runs/supmim-DATA
     shots: int = 125              # labelled training pictures per class; 0: all
-    mim_weight: float = 5.0       # of the masked loss; 0: supervised training alone
+    mim_weight: float = 1.0       # of the masked loss; 0: supervised training alone
     target: str = "pixels"        # of the hidden patches: pixels, kmeans (codes of patches), or a tokenizer's FILE
     codes: int = 128              # kmeans: how many
     passes: Literal["two", "one"] = "two"  # one: classify what is visible of the masked picture, no pass over all of it
@@ -133,7 +132,7 @@ RECIPE = dict(image_size=224, patch_size=14, shots=0, mim_weight=1.0, codes=1024
               decoder_num_heads=6, drop_path=0.1, crop_scale=0.08, randaugment=9, mixup=0.8, cutmix=1.0, smoothing=0.1,
               batch_size=1024, epochs=300, warmup_epochs=10, base_lr=2.5e-4, weight_decay=0.1, eval_every=1, workers=12,
               knn_pictures=20000)
-SMALL = RECIPE | dict(model="tiny", mim_weight=5.0, codes=256, decoder_embed_dim=96, decoder_depth=1, decoder_num_heads=3,
+SMALL = RECIPE | dict(model="tiny", codes=256, decoder_embed_dim=96, decoder_depth=1, decoder_num_heads=3,
                       crop_scale=0.35, batch_size=256, epochs=200, base_lr=5e-4, weight_decay=0.05, workers=8)     # ours
 PRESETS = {
     "shapes": {},                                                         # the defaults above; ours

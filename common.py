@@ -32,6 +32,7 @@ from PIL import Image, ImageDraw                                      # comes wi
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 from torchvision import datasets
 from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
+from torchvision.ops import stochastic_depth
 from torchvision.transforms import v2
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -212,6 +213,15 @@ def parameter_groups(model, weight_decay: float, undecayed: tuple = ()) -> list[
         if p.requires_grad:
             groups[p.ndim <= 1 or name in undecayed]["params"].append(p)
     return groups
+
+
+def add_drop_path(blocks, rate: float):
+    """Stochastic depth: a branch of block i is left out of a picture's pass with a chance that rises
+    linearly from 0 to `rate`; what stays is scaled up. Parameter names do not change."""
+    for block, chance in zip(blocks, np.linspace(0, rate, len(blocks)).tolist()):
+        for branch in (block.attn, block.mlp):
+            branch.register_forward_hook(lambda module, _, output, p=chance: stochastic_depth(
+                output, p, "row", module.training))
 
 
 # --------------------------------------------------------------------------------------- pictures

@@ -10,7 +10,8 @@
 --checkpoint is a checkpoint of any script here, or a released file in timm's names (MAE: encoder,
 full or fine-tuned; DINO; DeiT and timm without the distillation token) with --model base (and
 --method mae) to say what it is; `none` is the untrained encoder: with finetune, training from
-scratch; with finetune --eval, fine-tuned weights and supmim.py's classifiers are scored. --data chooses the settings as in the other scripts; `--data imagenet` are the papers'.
+scratch; with finetune --eval, fine-tuned weights and supmim.py's classifiers are scored. --data
+chooses the settings as in the other scripts; `--data imagenet` are the papers'.
 
     protocol    trained                          input            chosen on
     knn         nothing                          centres          nothing: k is 20, all k and taps are shown
@@ -47,7 +48,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision import tv_tensors
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.ops import stochastic_depth
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -476,15 +476,6 @@ class Segmenter(nn.Module):
         return F.interpolate(self.head(maps.float()), images.shape[-2:], mode="bilinear")  # (B, C, H, W)
 
 
-def add_drop_path(blocks, rate: float):
-    """Stochastic depth: a branch of block i is left out of a picture's pass with a chance that rises
-    linearly from 0 to `rate`; what stays is scaled up. Parameter names do not change."""
-    for block, chance in zip(blocks, np.linspace(0, rate, len(blocks)).tolist()):
-        for branch in (block.attn, block.mlp):
-            branch.register_forward_hook(lambda module, _, output, p=chance: stochastic_depth(
-                output, p, "row", module.training))
-
-
 # ------------------------------------------------------------------------------------- optimisers
 class LARS(torch.optim.Optimizer):
     """SGD with momentum; a matrix's step is scaled to trust * |weight| / |gradient| (You et al. 2017).
@@ -854,7 +845,7 @@ def finetune(cfg: Config, encoder, device, data, extra: dict, about: dict) -> di
         return accuracy(cfg, model.to(device), data.test, device)
     if "pool" in about["config"]:                        # supmim.py's; from here on it is ours
         about["config"]["pool"] = cfg.pool
-    add_drop_path(encoder.blocks, cfg.drop_path)
+    common.add_drop_path(encoder.blocks, cfg.drop_path)
     model.to(device)
     groups = layer_decay_groups(model, cfg.weight_decay, cfg.layer_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, cfg.beta2), fused=True)
@@ -877,7 +868,7 @@ def segment(cfg: Config, encoder, device) -> dict:
     train.transform = v2.Compose([*crop, v2.RandomHorizontalFlip()])
     model = Segmenter(encoder.requires_grad_(not cfg.frozen), len(classes)).to(device)
     if not cfg.frozen:
-        add_drop_path(encoder.blocks, cfg.drop_path)
+        common.add_drop_path(encoder.blocks, cfg.drop_path)
     trained = model.head if cfg.frozen else model
     groups = layer_decay_groups(model, cfg.weight_decay, cfg.layer_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, cfg.beta2), fused=True)

@@ -19,7 +19,7 @@ classifier, not a parameter larger.
 
 B batch, N patches, K visible, M = N - K hidden, D width, P patch side, C channels.
 Against mae.py: `classify`, the classifier's pass; `kmeans`, `open_tokenizer`; labels, RandAugment, MixUp, drop path.
---mim-weight 0 is plain supervised training, bit for bit, and with the other flags the same draws the same random numbers.
+--mim-weight 0 is plain supervised training, bit for bit; with the same other flags it draws the same random numbers.
 
     python supmim.py                                  # drawn shapes, 1,000 labels, no download, 115 s on 2 CPU cores:
         top-1 50.6 %, top-5 99.9 %, nearest training picture of the same class 44.0 %
@@ -44,7 +44,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.ops import stochastic_depth
 
 import common
 
@@ -361,7 +360,7 @@ class SupMIM(VisionTransformer):
         self.decoder_pred = nn.Linear(decoder_embed_dim, codes or 3 * patch_size ** 2)
         self.init_weights()
         nn.init.normal_(self.mask_token, std=0.02)
-        add_drop_path(self.blocks, drop_path)
+        common.add_drop_path(self.blocks, drop_path)
         if not mim_weight:                               # built all the same: the random numbers stay the same
             for name, p in self.named_parameters():
                 p.requires_grad_(p.requires_grad and not name.startswith(("decoder", "mask_token")))
@@ -430,15 +429,6 @@ class SupMIM(VisionTransformer):
         return class_loss + self.mim_weight * masked_loss, class_loss, masked_loss, logits
 
 
-def add_drop_path(blocks, rate: float):
-    """Stochastic depth: a branch of block i is left out of a picture's pass with a chance that rises
-    linearly from 0 to `rate`; what stays is scaled up. Parameter names do not change."""
-    for block, chance in zip(blocks, np.linspace(0, rate, len(blocks)).tolist()):
-        for branch in (block.attn, block.mlp):
-            branch.register_forward_hook(lambda module, _, output, p=chance: stochastic_depth(
-                output, p, "row", module.training))
-
-
 def build(cfg: Config, classes: int = 1, codes: int = 0) -> SupMIM:
     """The untrained model of a configuration; the seed decides its weights. codes: of the target; 0: pixels.
 
@@ -497,7 +487,7 @@ def train(cfg: Config) -> dict:
     data = common.open_data(cfg.data, cfg.data_root, cfg.seed)
     if data.test is None:
         raise common.UserError(f"{cfg.data} has no labelled pictures to train and test on")
-    labelled = common.subset(data.train, cfg.shots, 100, cfg.seed) if cfg.shots else data.train
+    labelled = common.subset(data.train, cfg.shots, 100, cfg.seed)
     labelled.transform = common.augment(cfg.image_size, cfg.crop_scale, randaugment=cfg.randaugment)
     data = data._replace(pretrain=labelled, train=labelled)
     patches, codes, tokenize, centres = (cfg.image_size // cfg.patch_size) ** 2, 0, None, None

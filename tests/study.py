@@ -39,7 +39,7 @@ METHODS = {                                              # script and what it ne
     "dtm": f"dtm.py {TAUGHT}",
     "flip": "flip.py --base-lr 4e-3 --text-depth 2 --text-heads 3",
     "supervised": f"supmim.py --base-lr 2e-3 --mim-weight 0 --mixup 0 --cutmix 0 --randaugment 0 --drop-path 0 {DECODER}",
-    "supmim": f"supmim.py --base-lr 2e-3 --mim-weight 0.3 --mixup 0 --cutmix 0 --randaugment 0 --drop-path 0 {DECODER}"}
+    "supmim": f"supmim.py --base-lr 2e-3 --mixup 0 --cutmix 0 --randaugment 0 --drop-path 0 {DECODER}"}
 TUNE = ("--batch-size 64 --base-lr 8e-3 --warmup-epochs 1 --mixup 0 --cutmix 0 --randaugment 0 --erasing 0 --drop-path 0")
 PROTOCOLS = {"knn": "knn", "linear": "linear", "attentive": "attentive --epochs {probe} --base-lr 1e-2",
              "finetune": f"finetune --epochs {{tune}} {TUNE}", "finetune 10 %": f"finetune --percent 10 --epochs {{more}} {TUNE}",

@@ -227,7 +227,7 @@ def test_drop_path():
     assert kept.mean().item() == pytest.approx(1, abs=0.05) and kept.unique().tolist() == pytest.approx([0, 1 / 0.7])
     encoder, images = vit(depth=3), torch.randn(64, 3, 16, 16)
     want, names = encoder.encode(images), list(encoder.state_dict())
-    evaluate.add_drop_path(encoder.blocks, 1.0)          # chances 0, 0.5, 1: the last block always goes
+    common.add_drop_path(encoder.blocks, 1.0)            # chances 0, 0.5, 1: the last block always goes
     torch.testing.assert_close(encoder.eval().encode(images), want)              # nothing is dropped when scoring
     encoder.train()
     last, seen = encoder.blocks[2], []

@@ -101,6 +101,7 @@ class Config:
     cutmix: float = 0.0           # alpha; 0: none
     smoothing: float = 0.0        # of the labels
     ema: float = 0.0              # finetune: decay of averaged weights, scored beside the last; 0: none
+    eval_every: int = 1           # attentive, finetune: epochs between scores of the test pictures, besides one at the end
     seed: int = 0                 # decides order, crops, drops, and the subset of --shots and --percent
     workers: int = 0              # loader processes for each training process; 0: none
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the matrix products; auto: bf16 on a GPU
@@ -121,7 +122,7 @@ class Config:
                        "base_lr", "min_lr", "weight_decay", "layer_decay", "mixup", "cutmix", "seed", "workers", "max_steps",
                        "save_every", "num_classes"),
                 share: ("beta2", "drop_path", "crop_scale", "erasing", "smoothing", "ema"),
-                (1, np.inf): ("batch_size", "accumulate", "epochs", "log_every"),
+                (1, np.inf): ("batch_size", "accumulate", "epochs", "log_every", "eval_every"),
                 (0, 100): ("percent",), (0, 10): ("randaugment",)}.items():
             for name in names:
                 if not limits[0] <= getattr(self, name) <= limits[1]:
@@ -672,7 +673,7 @@ def segment_pictures(cfg: Config, model, images, size, classes: int, device):
 
 # ---------------------------------------------------------------------------------------- training
 def fit(cfg: Config, run, network, optimizer, peak_lr, batches, loss_of, after_step=None, score=None):
-    """The loop of every protocol that trains. loss_of: batch -> scalar loss; score() after each epoch.
+    """The loop of every protocol that trains. loss_of: batch -> scalar loss; score() after --eval-every epochs.
 
     What is drawn in a step (drop path, mixing) depends on the seed, the step and the process."""
     warmup = cfg.warmup_epochs * run.steps_per_epoch
@@ -693,7 +694,8 @@ def fit(cfg: Config, run, network, optimizer, peak_lr, batches, loss_of, after_s
         optimizer.zero_grad()
         if after_step:
             after_step()
-        run.end_step(step, step_loss, lr, score)
+        epoch = (step + 1) // run.steps_per_epoch
+        run.end_step(step, step_loss, lr, score if epoch % cfg.eval_every == 0 or epoch == cfg.epochs else None)
 
 
 def distributed(model):
@@ -792,7 +794,7 @@ def probe(cfg: Config, encoder, device, data) -> dict:
 
 
 def classify(cfg: Config, model, trained, optimizer, device, data, ema=None) -> dict:
-    """Train model: images -> logits on augmented pictures; score it after each epoch, report the last.
+    """Train model: images -> logits on augmented pictures; score it now and then, report the last.
 
     trained: the module whose weights the run's checkpoint keeps. ema: averages model's weights."""
     data.train.transform = augment(cfg)

@@ -29,31 +29,33 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import common
 
-SHAPE = "--model micro --embed-dim 96 --depth 4 --num-heads 3 --patch-size 4 --image-size 32"      # of every encoder
-DECODER = "--decoder-embed-dim 48 --decoder-depth 1 --decoder-num-heads 3"
+SHAPE = "--model micro --embed-dim 64 --depth 4 --num-heads 2 --patch-size 4 --image-size 32"      # of every encoder
+DECODER = "--decoder-embed-dim 32 --decoder-depth 1 --decoder-num-heads 2"
 TAUGHT = "--layer-scale 1 --base-lr 3e-3 --color-jitter 0 --teacher {mae}"
 METHODS = {                                              # script and what it needs besides SHAPE and the budget
     "mae": f"mae.py --base-lr 4e-3 {DECODER}",
-    "amt": f"amt.py --base-lr 4e-3 {DECODER} --start-epoch {{start}} --refresh-every {{start}}",
+    "amt": f"amt.py --base-lr 4e-3 {DECODER} --start-epoch {{start}} --refresh-every {{refresh}}",
     "maskdistill": f"maskdistill.py --min-block 4 {TAUGHT}",
     "dtm": f"dtm.py {TAUGHT}",
-    "flip": "flip.py --base-lr 4e-3 --text-depth 2 --text-heads 3",
+    "flip": "flip.py --base-lr 4e-3 --text-depth 2 --text-heads 2",
     "supervised": f"supmim.py --base-lr 2e-3 --mim-weight 0 --mixup 0 --cutmix 0 --randaugment 0 --drop-path 0 {DECODER}",
     "supmim": f"supmim.py --base-lr 2e-3 --mixup 0 --cutmix 0 --randaugment 0 --drop-path 0 {DECODER}"}
-TUNE = ("--batch-size 64 --base-lr 8e-3 --warmup-epochs 1 --mixup 0 --cutmix 0 --randaugment 0 --erasing 0 --drop-path 0")
-PROTOCOLS = {"knn": "knn", "linear": "linear", "attentive": "attentive --epochs {probe} --base-lr 1e-2",
-             "finetune": f"finetune --epochs {{tune}} {TUNE}", "finetune 10 %": f"finetune --percent 10 --epochs {{more}} {TUNE}",
-             "finetune 1 %": f"finetune --percent 1 --epochs {{most}} {TUNE}"}
+TUNE = "--batch-size 64 --base-lr 8e-3 --mixup 0 --cutmix 0 --randaugment 0 --erasing 0 --drop-path 0 --eval-every 100"
+PROTOCOLS = {                                            # and the epochs of each, a tenth of them warm-up
+    "knn": ("knn", None), "linear": ("linear", None), "attentive": ("attentive --base-lr 1e-2 --eval-every 100", 1),
+    "finetune": (f"finetune {TUNE}", 2), "finetune 10 %": (f"finetune --percent 10 {TUNE}", 5),
+    "finetune 1 %": (f"finetune --percent 1 {TUNE}", 50)}
 LABELLED = {"supervised", "supmim", "flip"}
 
 
 def settings(args) -> tuple[str, str, dict]:
     """The budget: flags of the pre-training, flags of the scores, and numbers for the braces above."""
     data = f"--data {shlex.quote(str(args.data))} --workers {args.workers}"
-    train = f"{data} --preset cifar10 --epochs {args.epochs} --batch-size 128 --warmup-epochs 1 --crop-scale 0.5 --knn-pictures 5000"
+    train = f"{data} --preset cifar10 --epochs {args.epochs} --warmup-epochs {args.epochs / 10} --crop-scale 0.5 --knn-pictures 500"
     if args.quick:
-        return f"{train} --batch-size 32", f"{data} --batch-size 8", dict(start=1, probe=1, tune=1, more=1, most=1)
-    return train, data, dict(start=max(1, args.epochs // 10), probe=2, tune=5, more=10, most=50)
+        return f"{train} --batch-size 32", f"{data} --batch-size 8", dict(start=1, refresh=1)
+    start = max(1, args.epochs // 10)
+    return f"{train} --batch-size 128", data, dict(start=start, refresh=max(start, args.epochs // 2))
 
 
 def draw_pictures(folder: Path) -> Path:
@@ -102,7 +104,10 @@ def run(args):
                 call(script, f"{train} {SHAPE} {flags} --seed {seed}", folder(method))
                 seconds = time.time() - began
             for protocol in missing:
-                words = PROTOCOLS[protocol].format(**numbers)
+                words, epochs = PROTOCOLS[protocol]
+                if epochs:
+                    epochs = 1 if args.quick else epochs
+                    words += f" --epochs {epochs} --warmup-epochs {epochs / 10}"
                 checkpoint = f"--checkpoint {folder(method)}/checkpoint.pt" if method != "none" else \
                     f"--checkpoint none --method mae {SHAPE}" + " --layer-decay 1" * words.startswith("finetune")
                 began = time.time()
@@ -175,7 +180,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["run", "table"])
     parser.add_argument("--data", default="cifar10", help="cifar10, or a folder of class folders under train/ and val/ or test/")
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=4, help="of the pre-training")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--methods", nargs="*", choices=["none", *METHODS])

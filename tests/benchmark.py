@@ -1,18 +1,20 @@
-"""How fast is it? Run by hand: `python tests/benchmark.py train`, or `... batch`, `... data`, `... morph`, `... features`.
+"""How fast is it? Run by hand: `python tests/benchmark.py train`, or `... batch`, `... data`, `... morph`, `... hours`, `... features`.
 
 train   one optimiser step of MAE (ViT-B/16, 224 pixels, 75 % hidden, decoder 8 x 512), or with --method
         maskdistill or dtm of a ViT-B/16 student and a teacher like CLIP's ViT-B/16, with --method flip of both of CLIP's
         towers at three mask ratios, with amt of AMT, plain MAE, AMT with data-dependent shapes, and the making of maps
-        (forward only), or with supmim of ViT-B/14 with and without the masked pass, ours and the peers', each in
-        a process of its own, taking turns on the same pictures; fused AdamW for all. Printed: images/s,
+        (forward only), with supmim of ViT-B/14 with and without the masked pass, or with all of all six, ours and the
+        peers', each in a process of its own, taking turns on the same pictures; fused AdamW for all. Printed: images/s,
         the ratio to the first (median over the rounds), FLOP/s counted for each as a share of what a large
-        matrix product reaches in the same rounds, and peak memory. Ours begins as its scripts do, with
-        `common.start`.
+        matrix product reaches just before and after the step, and peak memory. Ours begins as its scripts do,
+        with `common.start`.
 batch   the largest batch with which a step of FLIP fits into --memory GiB, at three mask ratios.
 data    images/s on one core: decoding, cropping, and both on JPEGs that `common.py shrink` has made
         small, beside the usual Pillow loader. --folder: real pictures; else it draws 500 x 375 ones.
 morph   DTM's matching and its loss with gradient, alone, beside the dense formulation: matrices (B, n, N) that
         say which group a token is in, and multiply.
+hours   computed, not measured: how long the papers' recipes take on eight GPUs that reach --tflops each, and how many
+        cores must decode for them at the rates that `data` measures (--decode).
 features  images/s of `evaluate.py`'s features of the test set of --folder by --checkpoint, reading
         included, and its share of what the encoder's forward pass reaches on pictures at hand.
 
@@ -184,9 +186,9 @@ def our_maps(size):
     return model, lambda model, images: torch.no_grad()(model.attention_map)(images).sum()
 
 
-def our_classifier(size, **changes):
+def our_classifier(size, patch=14, **changes):
     """SupMIM with ViT-B/14: 16 x 16 patches, half of them hidden, a decoder of 2 blocks of half the width."""
-    model = supmim.SupMIM(224, 14, *mae.SIZES[size], 384, 2, 6, **changes)
+    model = supmim.SupMIM(224, patch, *mae.SIZES[size], 384, 2, 6, **changes)
     return model, lambda model, images: model(images, torch.arange(len(images), device=images.device))[0]
 
 
@@ -206,6 +208,11 @@ CONTESTANTS = {"flip": FLIPS, "amt": {"ours": our_attention, "plain MAE": ours, 
                "mae": {"ours": ours, "timm blocks": timm_blocks, "transformers": transformers, "vit-pytorch": vit_pytorch},
                "maskdistill": {"ours": our_student, "transformers": transformers_student},
                "dtm": {"ours": our_morphing, "no morphing": functools.partial(our_morphing, morphs=0)}}
+CONTESTANTS["all"] = {                                   # of patch 16, and FLIP with half of the patches
+    **{f"{name} (MAE)": make for name, make in CONTESTANTS["mae"].items()},
+    **{f"{name} (MaskDistill)": make for name, make in CONTESTANTS["maskdistill"].items()}, "ours (DTM)": our_morphing,
+    **{f"{name} (FLIP)": FLIPS[f"{name}, 50% masked"] for name in ("ours", "open_clip")}, "ours (AMT)": our_attention,
+    "ours (SupMIM)": functools.partial(our_classifier, patch=16), "ours (supervised)": functools.partial(our_classifier, patch=16, mim_weight=0.0)}
 
 
 class Contestant:
@@ -260,34 +267,48 @@ def serve(name, args, pipe):
               else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
 
 
+def begin(name, args):
+    """Start a contestant's process; its pipe and the FLOPs of a picture."""
+    pipe, theirs = multiprocessing.Pipe()
+    multiprocessing.get_context("spawn").Process(target=serve, args=(name, args, theirs), daemon=True).start()
+    theirs.close()                                       # so that a contestant's death is heard of here
+    flops, first = pipe.recv(), pipe.recv()
+    print(f"{name}: first two steps {first:.1f} s", flush=True)
+    return pipe, flops
+
+
+def end(pipe) -> float:
+    """Its peak of memory in GiB."""
+    pipe.send(0)
+    return pipe.recv()
+
+
 def train(args):
-    spawn, pipes, flops = multiprocessing.get_context("spawn"), {}, {}
-    for name in args.contestants or CONTESTANTS[args.method]:
-        pipes[name], theirs = spawn.Pipe()
-        spawn.Process(target=serve, args=(name, args, theirs), daemon=True).start()
-        flops[name] = pipes[name].recv()
-        print(f"{name}: first two steps {pipes[name].recv():.1f} s", flush=True)
+    names = args.contestants or list(CONTESTANTS[args.method])
+    held = {} if args.one_at_a_time else {name: begin(name, args) for name in names}
     n, repeat = (8192, 20) if args.device == "cuda" else (4096, 1)
     matrix = torch.randn(n, n, device=args.device, dtype=torch.bfloat16 if args.precision == "bf16" else None)
-    times, rates = {name: [] for name in pipes}, []
+    product = lambda: 2 * n ** 3 * repeat / clock(lambda: [matrix @ matrix for _ in range(repeat)], args.device)
+    times, shares, rates, flops, peaks = {name: [] for name in names}, {name: [] for name in names}, [product()], {}, {}
     for turn in range(args.rounds):
-        rates.append(2 * n ** 3 * repeat / clock(lambda: [matrix @ matrix for _ in range(repeat)], args.device))
-        for i in range(len(pipes)):                      # another one is first in each round
-            name = list(pipes)[(i + turn) % len(pipes)]
-            pipes[name].send(repeat)
-            times[name].append(pipes[name].recv())
-    rate = statistics.median(rates)
+        for i in range(len(names)):                      # another one is first in each round
+            name = names[(i + turn) % len(names)]
+            pipe, flops[name] = held.get(name) or begin(name, args)
+            before = product()
+            pipe.send(repeat)
+            times[name].append(pipe.recv())
+            rates += [before, product()]                 # around the step: the machine's speed moves
+            shares[name].append(100 * args.batch * flops[name] / times[name][-1] / statistics.mean(rates[-2:]))
+            if not held or turn == args.rounds - 1:
+                peaks[name] = end(pipe)
     print(f"\n{args.method}, {args.model}, batch {args.batch}, {args.precision}, {'compiled' if args.compile else 'eager'}, "
           f"{args.rounds} rounds, {device_name(args.device)}, torch {torch.__version__}\n"
-          f"{n}^3 matrix product: {rate / 1e9:.0f} GFLOP/s (median; {min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f})\n"
+          f"{n}^3 matrix product: {statistics.median(rates) / 1e9:.0f} GFLOP/s (median; {min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f})\n"
           f"{'':24}images/s  x first   GFLOP/image   share of the matrix product   peak GiB")
-    for name, seconds in times.items():
-        speed = args.batch / statistics.median(seconds)
-        first = next(iter(times))                        # ours, of FLIP's with whole pictures
-        ratio = statistics.median(a / b for a, b in zip(times[first], seconds))
-        pipes[name].send(0)
-        print(f"{name:24}{speed:8.2f}{ratio:9.2f}{flops[name] / 1e9:14.2f}{100 * speed * flops[name] / rate:14.0f} %"
-              f"{pipes[name].recv():26.2f}")
+    for name in names:
+        speed = args.batch / statistics.median(times[name])
+        ratio = statistics.median(a / b for a, b in zip(times[names[0]], times[name]))     # to ours, of FLIP's with whole pictures
+        print(f"{name:24}{speed:8.2f}{ratio:9.2f}{flops[name] / 1e9:14.2f}{statistics.median(shares[name]):14.0f} %{peaks[name]:26.2f}")
 
 
 def peak(args, ratio, batch, pipe):
@@ -395,6 +416,27 @@ def morph(args):
         print(f"{name:14}{statistics.median(values):8.1f}{statistics.median(a / b for a, b in zip(values, other)):8.2f} x ours")
 
 
+def hours(args):
+    """FLOPs are counted in a step of ours with the presets' models (FLIP: captions of 77 ids, not 32), of AMT its maps', too."""
+    count = lambda method, name: Contestant(name, argparse.Namespace(
+        method=method, model=args.model, precision="fp32", device="cpu", compile=False)).flops(torch.randn(2, 3, 224, 224)) / 1e9
+    train = 1_281_167                                    # ImageNet-1k
+    recipes = {"mae.py": (mae, "mae", "ours"), "maskdistill.py": (maskdistill, "maskdistill", "ours"), "dtm.py": (dtm, "dtm", "ours"),
+               "amt.py": (amt, "amt", "ours"), "supmim.py": (supmim, "supmim", "ours"),
+               "flip.py --preset laion": (flip, "flip", "ours, 50% masked")}
+    print(f"eight GPUs at {args.tflops:.0f} TFLOP/s each; a core decodes {args.decode[0]} JPEGs a second, or {args.decode[1]} shrunk ones\n"
+          f"{'':24}pictures, millions   GFLOP/picture   hours   images/s   cores   shrunk")
+    for label, (script, method, name) in recipes.items():
+        preset = script.PRESETS["laion" if script is flip else "imagenet"]
+        seen, work = preset["epochs"] * preset.get("epoch_pairs", train), count(method, name)
+        total = seen * work
+        if script is amt:
+            total += train * count("amt", "maps") * len(range(preset["start_epoch"], preset["epochs"], preset["refresh_every"]))
+        speed = 8e3 * args.tflops / work
+        print(f"{label:24}{seen / 1e6:18.0f}{work:16.1f}{total / (8e3 * args.tflops) / 3600:8.1f}{speed:11.0f}"
+              f"{speed / args.decode[0]:8.0f}{speed / args.decode[1]:9.0f}")
+
+
 @torch.no_grad()
 def features(args):
     cfg = evaluate.Config("knn", args.checkpoint, args.folder, workers=1)
@@ -403,11 +445,11 @@ def features(args):
     encoder.to(device).eval()
     cfg.image_size = about["config"]["image_size"]
     pictures = common.open_data(cfg.data, "").test
-    batch = common.to_device(torch.stack([pictures.centred(cfg.image_size)[0, i][0] for i in range(500)]), device)
-    passes, times = len(pictures) // 500, {"extraction": [], "forward": []}
+    batch = common.to_device(torch.stack([pictures.centred(cfg.image_size)[0, i][0] for i in range(min(500, len(pictures)))]), device)
+    passes, times = len(pictures) // len(batch), {"extraction": [], "forward": []}
     for _ in range(args.rounds):
         times["extraction"].append(clock(lambda: evaluate.all_features(cfg, encoder, pictures, device), device.type) / len(pictures))
-        times["forward"].append(clock(lambda: [encoder.encode(batch) for _ in range(passes)], device.type) / (500 * passes))
+        times["forward"].append(clock(lambda: [encoder.encode(batch) for _ in range(passes)], device.type) / (len(batch) * passes))
     speed = {name: 1 / statistics.median(seconds) for name, seconds in times.items()}
     print(f"{len(pictures)} pictures, {device_name(device.type)}: {speed['extraction']:.0f} images/s extracted, {speed['forward']:.0f} "
           f"forward alone: {100 * speed['extraction'] / speed['forward']:.0f} %")
@@ -420,9 +462,9 @@ def device_name(device):
     return next((line.split(": ")[1] for line in lines if "model name" in line), "CPU") + f", {torch.get_num_threads()} threads"
 
 
-if __name__ == "__main__":
+def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["train", "batch", "data", "morph", "features"])
+    parser.add_argument("what", choices=["train", "batch", "data", "morph", "hours", "features"])
     parser.add_argument("--method", default="mae", choices=list(CONTESTANTS))
     parser.add_argument("--model", default="base", choices=list(mae.SIZES))
     parser.add_argument("--batch", type=int, default=16)
@@ -430,9 +472,20 @@ if __name__ == "__main__":
     parser.add_argument("--memory", type=float, default=8.0, help="GiB, for `batch`")
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--one-at-a-time", action="store_true", help="a new process for every turn: memory for one contestant only")
+    parser.add_argument("--tflops", type=float, default=400, help="that a GPU reaches, for `hours`")
+    parser.add_argument("--decode", type=int, nargs=2, default=[628, 1144], help="pictures a core decodes a second, for `hours`")
     parser.add_argument("--folder", default="", help="pictures for `data` and `features`")
     parser.add_argument("--checkpoint", default="none", help="encoder for `features`")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--contestants", nargs="+", help="of the method's; ours, transformers, ...")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = arguments(argv)
     globals()[args.what](args)
+
+
+if __name__ == "__main__":
+    main()

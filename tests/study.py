@@ -176,7 +176,7 @@ def draw(found: dict, path: Path):
     image.save(path)
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["run", "table"])
     parser.add_argument("--data", default="cifar10", help="cifar10, or a folder of class folders under train/ and val/ or test/")
@@ -188,7 +188,7 @@ def main():
     parser.add_argument("--runs", type=Path, default=Path("runs/study"))
     parser.add_argument("--results", type=Path, default=ROOT / "tests/study.jsonl")
     parser.add_argument("--picture", type=Path, default=ROOT / "assets/study.png")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     {"run": run, "table": table}[args.what](args)
 
 

@@ -556,6 +556,13 @@ def test_training_protocols_resume_bit_for_bit(photos):  # noqa: F811
         evaluated("linear", output="parts", epochs=3)
 
 
+def test_scores_come_as_often_as_asked_and_at_the_end(photos):     # noqa: F811
+    evaluated("finetune", epochs=3, eval_every=2)
+    lines = [json.loads(line) for line in open("eval-finetune/metrics.jsonl")]
+    ends = [line["step"] for line in lines if "epoch" in line]
+    assert [line["step"] for line in lines if "top1" in line and "step" in line] == ends[1:]
+
+
 def test_fine_tuned_checkpoint_is_scored_again(photos):  # noqa: F811
     result = evaluated("finetune", epochs=2, ema=0.5)
     assert set(torch.load("eval-finetune/finetuned.pt", weights_only=True)["model"]) >= {"fc_norm.weight", "head.bias"}

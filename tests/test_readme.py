@@ -10,12 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import benchmark
 import common
 import evaluate
 import flip
 import mae
+import study
 from conftest import ROOT
 from test_flip import MERGES, jpeg, write_tar
 
@@ -33,17 +36,22 @@ NAMED = {"FOLDER": "photos", "SMALL_FOLDER": "small", "WHERE": ".", "shards/{000
 DATA = {"cifar10", "cifar10-jpg", "imagenet", "tiny-imagenet", "stl10"}
 
 
-def commands():
-    """The lines of README.md's sh blocks that start Python, as words: variables put in, comments left out."""
-    found, variables = [], {}
-    for block in re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
+def commands(by_hand=False):
+    """The lines of README.md's sh blocks that start Python, as words: variables put in, comments left out.
+
+    by_hand: those that start tests/benchmark.py and tests/study.py, the ones within sentences besides; else the others."""
+    text = (ROOT / "README.md").read_text()
+    blocks, found, variables = re.findall(r"```sh\n(.*?)```", text, re.DOTALL), [], {}
+    if by_hand:
+        blocks += [command.replace("\n", " ") for command in re.findall(r"`(python tests/[^`]+)`", text)]
+    for block in blocks:
         for line in re.sub(r"\s*\\\n\s*", " ", block).splitlines():
             for name, value in variables.items():
                 line = re.sub(rf"\${name}\b", lambda _, value=value: value, line)
             if assigned := re.fullmatch(r'([A-Z])="(.*)"', line):
                 variables[assigned[1]] = assigned[2]
             words = shlex.split(line, comments=True)
-            if words and words[0] in ("python", "torchrun"):
+            if words and words[0] in ("python", "torchrun") and by_hand == words[1].startswith("tests/"):
                 found.append(words)
     return found
 
@@ -134,3 +142,47 @@ def test_command(prepared, monkeypatch, words):
         assert all(0 <= value <= 100 for name, value in found.items() if name.startswith(("top1", "zero_shot")))
     else:
         assert found["step"] == 1 and np.isfinite(found["loss"]) and Path("run/checkpoint.pt").exists()
+
+
+def test_benchmark_commands(prepared, monkeypatch, capsys):
+    """Each that the README shows: its own flags, then a tiny model's and one round. Of `train`, a step of every contestant that
+    needs no package of others, and one run in processes."""
+    monkeypatch.chdir(prepared)
+    shown = [words[2:] for words in commands(by_hand=True) if words[1] == "tests/benchmark.py"]
+    assert {flags[0] for flags in shown} == {"train", "data", "hours", "features"}
+    for flags in shown:
+        small = ["--model", "micro", "--rounds", "1", "--batch", "2"]
+        if flags[0] == "train":
+            args = benchmark.arguments(flags + small)
+            for name in benchmark.CONTESTANTS[args.method]:
+                if not re.match("timm|transformers|vit-pytorch|open_clip", name):
+                    team = benchmark.Contestant(name, args)
+                    assert team.flops(torch.randn(2, 3, 224, 224)) > 1e6
+                    team.step(torch.randn(2, 3, 224, 224))
+        elif flags[0] != "data":
+            benchmark.main([{"cifar10-jpg": "photos", "...": "mae.pt"}.get(flag, flag) for flag in flags] + small)
+            assert re.search(r"[1-9]", capsys.readouterr().out.splitlines()[-1])
+    benchmark.main(["train", *small, "--contestants", "ours", "--one-at-a-time"])
+    assert float(re.search(r"\nours +([0-9.]+)", capsys.readouterr().out)[1]) > 0
+    threads = torch.get_num_threads()
+    benchmark.main(["data", "--folder", "train2017", "--rounds", "1"])
+    torch.set_num_threads(threads)
+    assert re.search(r"\nours +[1-9]", capsys.readouterr().out)
+
+
+def test_study(prepared, monkeypatch, capsys):
+    """Two arms and two scores of --quick; what is known is not run again; the table and the picture from their lines."""
+    monkeypatch.chdir(prepared)
+    monkeypatch.setattr(study, "PROTOCOLS", {name: study.PROTOCOLS[name] for name in ("knn", "finetune")})
+    flags = ["run", "--quick", "--runs", "study", "--results", "study.jsonl", "--methods", "none", "mae"]
+    study.main(flags)
+    lines = [json.loads(line) for line in open("study.jsonl")]
+    assert [(line["method"], line["protocol"]) for line in lines] == [(m, p) for m in ("none", "mae") for p in ("knn", "finetune")]
+    study.main(flags)
+    assert len(open("study.jsonl").readlines()) == 4
+    Path("README.md").write_text("before\n<!-- study -->\nold\n<!-- /study -->\nafter\n")
+    monkeypatch.setattr(study, "ROOT", prepared)
+    study.main(["table", "--results", "study.jsonl", "--picture", "study.png"])
+    text = Path("README.md").read_text()
+    assert text.startswith("before\n<!-- study -->\n") and text.endswith("<!-- /study -->\nafter\n") and "old" not in text
+    assert f"| untrained | {lines[0]['top1']:.1f} | {lines[1]['top1']:.1f} |" in text and Image.open("study.png").width > 500

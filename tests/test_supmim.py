@@ -334,7 +334,7 @@ def test_two_processes_equal_one(photos):
 
 
 def test_short_run_learns(in_tmp):
-    found = supmim.main(["--epochs=4", "--warmup-epochs=1", "--mask-ratio=0.75", "--max-steps=60"])
+    found = supmim.main(["--epochs=4", "--warmup-epochs=1", "--mask-ratio=0.75", "--max-steps=60", "--shots=125", "--mim-weight=1"])
     losses = [(line["class_loss"], line["masked_loss"]) for line in read("runs/supmim-shapes") if "class_loss" in line]
     assert found["step"] == 60 and all(late < early for early, late in zip(losses[0], losses[-1]))
     encoder, extra, _ = evaluate.load_encoder(evaluate.Config("segment", "runs/supmim-shapes/classifier.pt"))

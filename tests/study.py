@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -128,7 +128,7 @@ def machine() -> str:
 
 
 def figures(path: Path) -> dict:
-    """{(method, protocol): figures over the seeds}, in the order of METHODS and PROTOCOLS."""
+    """{(method, protocol): figures over the seeds}."""
     found = {}
     for line in map(json.loads, open(path)):
         found.setdefault((line["method"], line["protocol"]), []).append(line["top1"])
@@ -145,9 +145,11 @@ def table(args):
             name = {"none": "untrained", "supervised": "`supmim.py --mim-weight 0`"}.get(method, f"`{method}.py`") + " (labels)" * (method in LABELLED)
             rows.append([name] + [shown(found[method, p]) if (method, p) in found else "" for p in PROTOCOLS])
     seeds, about = len({line["seed"] for line in lines}), lines[-1]
+    commits, days = (sorted({line[key] for line in lines}) for key in ("commit", "date"))
     text = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    text += (f"\n\nTop-1 in %, {about['data']}, {about['epochs']} epochs, {seeds} seed{'s' * (seeds > 1)} (mean ± half the range), {about['machine']}, "
-             f"torch {about['torch']}, commit {about['commit']}, {about['date']}.")
+    text += (f"\n\nTop-1 in %, {about['data']}, {about['epochs']} epochs, {seeds} seed{'s' * (seeds > 1)}{' (mean ± half the range)' * (seeds > 1)}; "
+             f"{about['machine']}, torch {about['torch']}, commit {', '.join(commits)}, {', '.join(days)}.\n\n"
+             f"![The same as bars](assets/{args.picture.name})")
     readme = (ROOT / "README.md").read_text()
     before, mark, rest = readme.partition("<!-- study -->\n")
     if not mark:
@@ -157,22 +159,27 @@ def table(args):
 
 
 def draw(found: dict, path: Path):
-    """Bars of every method's figures, a panel for each protocol, as a PNG."""
+    """Bars of every method's figures, a panel for each protocol, as a PNG; a line from the least to the largest of the seeds."""
     methods = [m for m in ["none", *METHODS] if any(key[0] == m for key in found)]
-    bar, room, wide = 16, 90, 330
-    image = Image.new("RGB", (wide * 3, (len(methods) * bar + 40) * 2), "white")
-    pen = ImageDraw.Draw(image)
+    bar, names, wide = 30, 190, 640
+    high = (len(methods) + 2) * bar
+    image = Image.new("RGB", (wide * 3, high * 2 + bar), "white")
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(20)
+    colours = {True: "#c98b3d", False: "#3d7fc9"}
+    length = lambda percent: (wide - names - 90) * percent / 100
     for i, protocol in enumerate(PROTOCOLS):
-        x, y = wide * (i % 3) + 10, (len(methods) * bar + 40) * (i // 3) + 8
-        pen.text((x, y), protocol, fill="black")
+        x, y = wide * (i % 3) + 20, high * (i // 3) + 8
+        pen.text((x, y), f"{protocol}, top-1 in %", "black", font)
         for k, method in enumerate(methods):
-            values, top = found.get((method, protocol), []), y + 18 + k * bar
-            pen.text((x, top), "untrained" if method == "none" else method, fill="black")
+            values, left, top = found.get((method, protocol), []), x + names, y + (k + 1) * bar
+            pen.text((x, top), "untrained" if method == "none" else method, "black", font)
             if values:
-                length = statistics.mean(values) * (wide - room - 60) / 100
-                pen.rectangle((x + room, top, x + room + length, top + bar - 4), fill="#c98b3d" if method in LABELLED else "#3d7fc9")
-                pen.line((x + room + min(values) / statistics.mean(values) * length, top + 5, x + room + max(values) / statistics.mean(values) * length, top + 5), fill="black")
-                pen.text((x + room + length + 4, top), f"{statistics.mean(values):.1f}", fill="black")
+                mean = statistics.mean(values)
+                pen.rectangle((left, top, left + length(mean), top + bar - 6), colours[method in LABELLED])
+                pen.text((left + length(max(values)) + 8, top), f"{mean:.1f}", "black", font)
+            if len(values) > 1:
+                pen.line((left + length(min(values)), top + bar // 2 - 3, left + length(max(values)), top + bar // 2 - 3), "black", 2)
+    pen.text((20, high * 2), "brown: has seen the labels of all training pictures", colours[True], font)
     image.save(path)
 
 

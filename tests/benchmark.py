@@ -48,6 +48,7 @@ import mae
 import maskdistill
 import supmim
 
+PEERS = ("timm", "transformers", "vit-pytorch", "open_clip")                   # how the names of contestants begin
 DECODER = dict(decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16)
 
 
@@ -129,10 +130,10 @@ def our_morphing(size, morphs=2):
     return model, lambda model, images: model(images, teacher, drawn=dtm.schedules(cfg, 196, next(steps), morphs))[0]
 
 
-def our_pairs(size, mask_ratio):
+def our_pairs(size, mask_ratio, towers="open_clip", length=77):
     """FLIP with open_clip's towers: 77 ids of 49,408; captions are drawn anew for each step."""
-    model = flip.FLIP(224, 16, *flip.SIZES[size], 49408, 77, mask_ratio=mask_ratio, towers="open_clip")
-    return model, lambda model, images: model(images, captions(images))[0]
+    model = flip.FLIP(224, 16, *flip.SIZES[size], 49408, length, mask_ratio=mask_ratio, towers=towers)
+    return model, lambda model, images: model(images, captions(images, length))[0]
 
 
 def open_clip_pairs(size, mask_ratio):
@@ -192,9 +193,9 @@ def our_classifier(size, patch=14, **changes):
     return model, lambda model, images: model(images, torch.arange(len(images), device=images.device))[0]
 
 
-def captions(images):
+def captions(images, length=77):
     """As many captions of 12 words: start 49406, words, end 49407, padding."""
-    ids = torch.randint(1, 49406, (len(images), 77), device=images.device)
+    ids = torch.randint(1, 49406, (len(images), length), device=images.device)
     ids[:, 0], ids[:, 13], ids[:, 14:] = 49406, 49407, 0
     return ids
 
@@ -255,7 +256,7 @@ def clock(function, device):
 
 def serve(name, args, pipe):
     """The process of one contestant: a step each time it is asked for one."""
-    if name.startswith("ours"):
+    if not name.startswith(PEERS):
         common.start(0)
     plain = argparse.Namespace(**vars(args) | {"compile": False, "precision": "fp32", "device": "cpu"})
     pipe.send(Contestant(name, plain).flops(torch.randn(2, 3, 224, 224)))      # not of compiled code
@@ -417,21 +418,27 @@ def morph(args):
 
 
 def hours(args):
-    """FLOPs are counted in a step of ours with the presets' models (FLIP: captions of 77 ids, not 32), of AMT its maps', too."""
-    count = lambda method, name: Contestant(name, argparse.Namespace(
-        method=method, model=args.model, precision="fp32", device="cpu", compile=False)).flops(torch.randn(2, 3, 224, 224)) / 1e9
+    """FLOPs are counted in a step of ours with the presets' models; AMT begins as plain MAE and makes maps from time to time."""
+    def count(make):
+        model, loss = make(args.model)
+        with FlopCounterMode(display=False) as counter:
+            result = loss(model, torch.randn(2, 3, 224, 224))
+            if result.requires_grad:
+                result.backward()
+        return counter.get_total_flops() / 2e9
     train = 1_281_167                                    # ImageNet-1k
-    recipes = {"mae.py": (mae, "mae", "ours"), "maskdistill.py": (maskdistill, "maskdistill", "ours"), "dtm.py": (dtm, "dtm", "ours"),
-               "amt.py": (amt, "amt", "ours"), "supmim.py": (supmim, "supmim", "ours"),
-               "flip.py --preset laion": (flip, "flip", "ours, 50% masked")}
+    recipes = {"mae.py": (mae, ours), "maskdistill.py": (maskdistill, our_student), "dtm.py": (dtm, our_morphing), "amt.py": (amt, our_attention),
+               "supmim.py": (supmim, our_classifier), "flip.py --preset laion": (flip, functools.partial(our_pairs, mask_ratio=0.5, towers="flip", length=32))}
     print(f"eight GPUs at {args.tflops:.0f} TFLOP/s each; a core decodes {args.decode[0]} JPEGs a second, or {args.decode[1]} shrunk ones\n"
           f"{'':24}pictures, millions   GFLOP/picture   hours   images/s   cores   shrunk")
-    for label, (script, method, name) in recipes.items():
-        preset = script.PRESETS["laion" if script is flip else "imagenet"]
-        seen, work = preset["epochs"] * preset.get("epoch_pairs", train), count(method, name)
+    for label, (script, make) in recipes.items():
+        preset, work = script.PRESETS["laion" if script is flip else "imagenet"], count(make)
+        seen = preset["epochs"] * preset.get("epoch_pairs", train)
         total = seen * work
         if script is amt:
-            total += train * count("amt", "maps") * len(range(preset["start_epoch"], preset["epochs"], preset["refresh_every"]))
+            first = preset["start_epoch"]
+            refreshes = len(range(first, preset["epochs"], preset["refresh_every"]))
+            total += train * (first * (count(ours) - work) + refreshes * count(our_maps))
         speed = 8e3 * args.tflops / work
         print(f"{label:24}{seen / 1e6:18.0f}{work:16.1f}{total / (8e3 * args.tflops) / 3600:8.1f}{speed:11.0f}"
               f"{speed / args.decode[0]:8.0f}{speed / args.decode[1]:9.0f}")

@@ -3,11 +3,13 @@
 run     trains each method, the supervised baseline and nothing (the untrained encoder), one encoder, one number of epochs,
         one augmentation, and scores each with evaluate.py: k-NN, linear, attentive, fine-tuning on all labels and on 10 and
         1 %. It goes on where it stopped: what --results holds already is not run again, and a run that was cut short resumes.
-        --quick: 200 drawn pictures and a few steps, to see that everything works.
+        Several at once may share --runs and --results if their --methods differ and MAE, the teacher, is done.
+        --quick: 200 drawn pictures and a few steps, to see that everything works, with --results of its own.
 table   writes --results as a Markdown table and as a picture, between the study's marks in README.md.
 
-What is given to whom: MAE and AMT get pictures alone; MaskDistill and DTM are taught by the study's own MAE; FLIP reads
-the names of the classes in captions, the baseline and SupMIM learn the labels: these three have seen the labels.
+What is given to whom: MAE and AMT get pictures alone; MaskDistill and DTM are taught by the study's own MAE, and their encoders
+have relative positions and layer scale besides; FLIP reads the names of the classes in captions, the baseline and SupMIM
+learn the labels: these three have seen the labels. "own": top-1 of what the pre-training itself classifies with.
 """
 
 import argparse
@@ -18,7 +20,6 @@ import shlex
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -32,14 +33,15 @@ import common
 SHAPE = "--model micro --embed-dim 64 --depth 4 --num-heads 2 --patch-size 4 --image-size 32"      # of every encoder
 DECODER = "--decoder-embed-dim 32 --decoder-depth 1 --decoder-num-heads 2"
 TAUGHT = "--layer-scale 1 --base-lr 3e-3 --color-jitter 0 --teacher {mae}"
+LABELS = f"--base-lr 2e-3 --mixup 0 --cutmix 0 --randaugment 0 --drop-path 0 --eval-every 100 {DECODER}"
 METHODS = {                                              # script and what it needs besides SHAPE and the budget
     "mae": f"mae.py --base-lr 4e-3 {DECODER}",
-    "amt": f"amt.py --base-lr 4e-3 {DECODER} --start-epoch {{start}} --refresh-every {{refresh}}",
-    "maskdistill": f"maskdistill.py --min-block 4 {TAUGHT}",
+    "amt": f"amt.py --base-lr 4e-3 --norm-pix {DECODER} --start-epoch {{start}} --refresh-every {{refresh}}",
+    "maskdistill": f"maskdistill.py {TAUGHT}",
     "dtm": f"dtm.py {TAUGHT}",
-    "flip": "flip.py --base-lr 4e-3 --text-depth 2 --text-heads 2",
-    "supervised": f"supmim.py --base-lr 2e-3 --mim-weight 0 --mixup 0 --cutmix 0 --randaugment 0 --drop-path 0 {DECODER}",
-    "supmim": f"supmim.py --base-lr 2e-3 --mixup 0 --cutmix 0 --randaugment 0 --drop-path 0 {DECODER}"}
+    "flip": "flip.py --base-lr 4e-3",
+    "supervised": f"supmim.py --mim-weight 0 {LABELS}",
+    "supmim": f"supmim.py --mim-weight 5 {LABELS}"}
 TUNE = "--batch-size 64 --base-lr 8e-3 --mixup 0 --cutmix 0 --randaugment 0 --erasing 0 --drop-path 0 --eval-every 100"
 PROTOCOLS = {                                            # and the epochs of each, a tenth of them warm-up
     "knn": ("knn", None), "linear": ("linear", None), "attentive": ("attentive --base-lr 1e-2 --eval-every 100", 1),
@@ -80,75 +82,93 @@ def call(script: str, flags: str, output: Path) -> dict:
     return json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
 
 
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in open(path)] if path.exists() else []
+
+
 def run(args):
-    """Fill --results: one line a figure, {method, seed, protocol, figure in percent, ...how it was come by}."""
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.loads(line) for line in open(args.results)] if args.results.exists() else []
-    known = {(line["method"], line["seed"], line["protocol"]) for line in lines}
-    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    """Fill --results: one line a figure, {method, seed, protocol, top1 in percent, how it was come by}."""
     if args.quick:
         args.data, args.epochs = draw_pictures(args.runs / "pictures"), 2
-    about = {"commit": commit, "date": datetime.date.today().isoformat(), "machine": machine(), "torch": torch.__version__,
-             "epochs": args.epochs, "data": Path(args.data).name}
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    about = {"epochs": args.epochs, "data": Path(args.data).name, "commit": commit(), "date": datetime.date.today().isoformat(),
+             "machine": machine(), "torch": torch.__version__}
     train, score, numbers = settings(args)
+
+    def missing(method, seed, protocols):
+        lines = read(args.results)
+        if any((line["data"], line["epochs"]) != (about["data"], about["epochs"]) for line in lines):
+            raise SystemExit(f"{args.results} holds figures of other --data or --epochs; give another --results and --runs")
+        known = {(line["method"], line["seed"], line["protocol"]) for line in lines}
+        return [protocol for protocol in protocols if (method, seed, protocol) not in known]
+
+    def write(method, seed, protocol, top1):
+        with open(args.results, "a") as file:
+            file.write(json.dumps({"method": method, "seed": seed, "protocol": protocol, "top1": top1} | about) + "\n")
+        print(f"{method:12} seed {seed}  {protocol:14} {top1:6.2f} %", flush=True)
+
     for seed in range(args.seeds):
         folder = lambda name: args.runs / f"{name}-s{seed}"
-        mae = folder("mae") / "checkpoint.pt"
         for method in args.methods or ["none", *METHODS]:
-            missing = [p for p in PROTOCOLS if (method, seed, p) not in known]
-            if not missing:
+            if not missing(method, seed, PROTOCOLS):
                 continue
-            began, seconds = time.time(), 0.0
             if method != "none":
-                script, flags = METHODS[method].format(mae=mae, **numbers).split(" ", 1)
-                call(script, f"{train} {SHAPE} {flags} --seed {seed}", folder(method))
-                seconds = time.time() - began
-            for protocol in missing:
+                script, flags = METHODS[method].format(mae=folder("mae") / "checkpoint.pt", **numbers).split(" ", 1)
+                if "--teacher" in flags and not (folder("mae") / "encoder.pt").exists():        # written at the end
+                    raise SystemExit(f"{method} is taught by MAE: run --methods mae first, to its end")
+                found = call(script, f"{train} {SHAPE} {flags} --seed {seed}", folder(method))
+                own = found.get("top1", found.get("zero_shot"))
+                if own is not None and missing(method, seed, ["own"]):
+                    write(method, seed, "own", own)
+            for protocol in missing(method, seed, PROTOCOLS):
                 words, epochs = PROTOCOLS[protocol]
                 if epochs:
                     epochs = 1 if args.quick else epochs
                     words += f" --epochs {epochs} --warmup-epochs {epochs / 10}"
                 checkpoint = f"--checkpoint {folder(method)}/checkpoint.pt" if method != "none" else \
                     f"--checkpoint none --method mae {SHAPE}" + " --layer-decay 1" * words.startswith("finetune")
-                began = time.time()
                 found = call("evaluate.py", f"{words} {score} {checkpoint} --seed {seed}",
                              args.runs / f"{protocol.removesuffix(' %').replace(' ', '-')}-{method}-s{seed}")
-                line = {"method": method, "seed": seed, "protocol": protocol, "top1": found["top1"], "pretrain_s": round(seconds),
-                        "score_s": round(time.time() - began)} | about
-                with open(args.results, "a") as file:
-                    file.write(json.dumps(line) + "\n")
-                print(f"{method:12} seed {seed}  {protocol:14} {found['top1']:6.2f} %  ({time.time() - began:.0f} s)", flush=True)
+                write(method, seed, protocol, found["top1"])
+
+
+def commit() -> str:
+    try:
+        return subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return "unknown"                                 # no git
 
 
 def machine() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")] or [platform.machine()]
+    cpus = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":")[1].strip() for line in cpus if line.startswith("model name")] or [platform.machine()]
     return f"{len(names)} x {names[0]}"
 
 
 def figures(path: Path) -> dict:
-    """{(method, protocol): figures over the seeds}."""
+    """{(method, protocol): [figure of each seed]}."""
     found = {}
-    for line in map(json.loads, open(path)):
-        found.setdefault((line["method"], line["protocol"]), []).append(line["top1"])
-    return found
+    for line in read(path):
+        found.setdefault((line["method"], line["protocol"]), {})[line["seed"]] = line["top1"]
+    return {key: list(values.values()) for key, values in found.items()}
 
 
 def table(args):
     """Between the marks in README.md: a row for each method, mean and half the range over the seeds; and the picture."""
-    found, lines = figures(args.results), [json.loads(line) for line in open(args.results)]
+    found, lines, columns = figures(args.results), read(args.results), [*PROTOCOLS, "own"]
     shown = lambda values: f"{statistics.mean(values):.1f}" + (f" ± {(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else "")
-    rows = [["", *PROTOCOLS], ["---"] * (len(PROTOCOLS) + 1)]
+    rows = [["", *columns], ["---"] * (len(columns) + 1)]
     for method in ["none", *METHODS]:
         if any(key[0] == method for key in found):
             name = {"none": "untrained", "supervised": "`supmim.py --mim-weight 0`"}.get(method, f"`{method}.py`") + " (labels)" * (method in LABELLED)
-            rows.append([name] + [shown(found[method, p]) if (method, p) in found else "" for p in PROTOCOLS])
-    seeds, about = len({line["seed"] for line in lines}), lines[-1]
-    commits, days = (sorted({line[key] for line in lines}) for key in ("commit", "date"))
+            rows.append([name] + [shown(found[method, p]) if (method, p) in found else "" for p in columns])
+    several = max(len(values) for values in found.values()) > 1
+    stamp = {key: ", ".join(sorted({str(line[key]) for line in lines})) for key in ("data", "epochs", "machine", "torch", "commit", "date", "seed")}
     text = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    text += (f"\n\nTop-1 in %, {about['data']}, {about['epochs']} epochs, {seeds} seed{'s' * (seeds > 1)}{' (mean ± half the range)' * (seeds > 1)}; "
-             f"{about['machine']}, torch {about['torch']}, commit {', '.join(commits)}, {', '.join(days)}.\n\n"
+    text += (f"\n\nTop-1 in %; {stamp['data']}, {stamp['epochs']} epochs, seed {stamp['seed']}{' (mean ± half the range)' * several}; "
+             f"{stamp['machine']}, torch {stamp['torch']}, commit {stamp['commit']}, {stamp['date']}.\n\n"
              f"![The same as bars](assets/{args.picture.name})")
     readme = (ROOT / "README.md").read_text()
     before, mark, rest = readme.partition("<!-- study -->\n")
@@ -193,9 +213,10 @@ def main(argv=None):
     parser.add_argument("--methods", nargs="*", choices=["none", *METHODS])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--runs", type=Path, default=Path("runs/study"))
-    parser.add_argument("--results", type=Path, default=ROOT / "tests/study.jsonl")
+    parser.add_argument("--results", type=Path, help="empty: tests/study.jsonl, of --quick runs/study/quick.jsonl")
     parser.add_argument("--picture", type=Path, default=ROOT / "assets/study.png")
     args = parser.parse_args(argv)
+    args.results = args.results or (args.runs / "quick.jsonl" if args.quick else ROOT / "tests/study.jsonl")
     {"run": run, "table": table}[args.what](args)
 
 

@@ -1,5 +1,6 @@
 """Every command that README.md shows runs: with its own flags, then a tiny model's, on small pictures and weights made here."""
 
+import argparse
 import gzip
 import importlib
 import json
@@ -155,7 +156,7 @@ def test_benchmark_commands(prepared, monkeypatch, capsys):
         if flags[0] == "train":
             args = benchmark.arguments(flags + small)
             for name in benchmark.CONTESTANTS[args.method]:
-                if not re.match("timm|transformers|vit-pytorch|open_clip", name):
+                if not name.startswith(benchmark.PEERS):
                     team = benchmark.Contestant(name, args)
                     assert team.flops(torch.randn(2, 3, 224, 224)) > 1e6
                     team.step(torch.randn(2, 3, 224, 224))
@@ -171,8 +172,15 @@ def test_benchmark_commands(prepared, monkeypatch, capsys):
 
 
 def test_study(prepared, monkeypatch, capsys):
-    """Two arms and two scores of --quick; what is known is not run again; the table and the picture from their lines."""
+    """All flags are read; two arms and two scores of --quick; what is known is not run again; the table and the picture from
+    their lines."""
     monkeypatch.chdir(prepared)
+    train, score, numbers = study.settings(argparse.Namespace(data="photos", workers=0, epochs=4, quick=False))
+    for line in study.METHODS.values():
+        name, flags = line.format(mae="mae.pt", **numbers).split(" ", 1)
+        script = importlib.import_module(name.removesuffix(".py"))
+        cfg = common.parse(script.Config, script.PRESETS, shlex.split(f"{train} {study.SHAPE} {flags}"))
+        assert (cfg.embed_dim, cfg.depth, cfg.epochs, cfg.batch_size, cfg.crop_scale) == (64, 4, 4, 128, 0.5)
     monkeypatch.setattr(study, "PROTOCOLS", {name: study.PROTOCOLS[name] for name in ("knn", "finetune")})
     flags = ["run", "--quick", "--runs", "study", "--results", "study.jsonl", "--methods", "none", "mae"]
     study.main(flags)
@@ -180,6 +188,8 @@ def test_study(prepared, monkeypatch, capsys):
     assert [(line["method"], line["protocol"]) for line in lines] == [(m, p) for m in ("none", "mae") for p in ("knn", "finetune")]
     study.main(flags)
     assert len(open("study.jsonl").readlines()) == 4
+    with pytest.raises(SystemExit, match="other --data or --epochs"):
+        study.main([word for word in flags if word != "--quick"])
     Path("README.md").write_text("before\n<!-- study -->\nold\n<!-- /study -->\nafter\n")
     monkeypatch.setattr(study, "ROOT", prepared)
     study.main(["table", "--results", "study.jsonl", "--picture", "study.png"])

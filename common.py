@@ -710,7 +710,8 @@ class Run:
         """Log and save when it is time to; whether an epoch ended.
 
         loss: a scalar on the device, read every --log-every steps only, all of them at once.
-        score: () -> {name: figure}, measured and logged after each epoch, kept in `scores`.
+        score: () -> {name: figure}, measured and logged after --eval-every epochs (each, without the flag) and the last,
+            kept in `scores`.
         Raises UserError if a loss is not finite."""
         done, self.scores = step + 1, None
         self.window.append(loss), self.rates.append(lr)
@@ -736,11 +737,10 @@ class Run:
         self.write(step=done, loss=self.loss, lr=lr, images_per_s=speed)
         self.bar.set_postfix_str(f"loss {self.loss:.4f}, lr {lr:.1e}, {speed:,.0f} images/s")
         if end_of_epoch:
-            mean, self.epoch_losses = float(np.mean(self.epoch_losses)), []
-            self.write(step=done, epoch=done // self.steps_per_epoch, epoch_loss=mean)
-            say(f"epoch {done // self.steps_per_epoch}/{self.cfg.epochs}: loss {mean:.4f}, lr {lr:.2e}, "
-                f"{speed:,.0f} images/s")
-            if score:
+            epoch, mean, self.epoch_losses = done // self.steps_per_epoch, float(np.mean(self.epoch_losses)), []
+            self.write(step=done, epoch=epoch, epoch_loss=mean)
+            say(f"epoch {epoch}/{self.cfg.epochs}: loss {mean:.4f}, lr {lr:.2e}, {speed:,.0f} images/s")
+            if score and (epoch % getattr(self.cfg, "eval_every", 1) == 0 or epoch == self.cfg.epochs):
                 self.scores = score()
                 self.write(step=done, **self.scores)
         if save and rank() == 0:

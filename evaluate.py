@@ -694,8 +694,7 @@ def fit(cfg: Config, run, network, optimizer, peak_lr, batches, loss_of, after_s
         optimizer.zero_grad()
         if after_step:
             after_step()
-        epoch = (step + 1) // run.steps_per_epoch
-        run.end_step(step, step_loss, lr, score if epoch % cfg.eval_every == 0 or epoch == cfg.epochs else None)
+        run.end_step(step, step_loss, lr, score)
 
 
 def distributed(model):

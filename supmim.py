@@ -558,12 +558,10 @@ def train(cfg: Config) -> dict:
             losses += torch.stack([class_loss, masked_loss]).detach() / (cfg.accumulate * steps_per_epoch)
         optimizer.step()
         optimizer.zero_grad()
-        epoch, place = divmod(step + 1, steps_per_epoch)
-        if place == 0:
+        if (step + 1) % steps_per_epoch == 0:
             run.write(step=step + 1, class_loss=losses[0].item(), masked_loss=losses[1].item())     # the first process's
             losses.zero_()
-        due = epoch % cfg.eval_every == 0 or epoch == cfg.epochs
-        if run.end_step(step, step_loss, lr, score if due else None) and common.rank() == 0 and cfg.mim_weight:
+        if run.end_step(step, step_loss, lr, score) and common.rank() == 0 and cfg.mim_weight:
             picture(model, sample, sample_noise, sample_codes, centres, run.folder / "reconstruction.png")
 
     scores = run.scores or score()                       # score: it was cut short, or had ended before

@@ -278,12 +278,6 @@ def begin(name, args):
     return pipe, flops
 
 
-def end(pipe) -> float:
-    """Its peak of memory in GiB."""
-    pipe.send(0)
-    return pipe.recv()
-
-
 def train(args):
     names = args.contestants or list(CONTESTANTS[args.method])
     held = {} if args.one_at_a_time else {name: begin(name, args) for name in names}
@@ -301,7 +295,8 @@ def train(args):
             rates += [before, product()]                 # around the step: the machine's speed moves
             shares[name].append(100 * args.batch * flops[name] / times[name][-1] / statistics.mean(rates[-2:]))
             if not held or turn == args.rounds - 1:
-                peaks[name] = end(pipe)
+                pipe.send(0)                             # it answers with its peak and ends
+                peaks[name] = pipe.recv()
     print(f"\n{args.method}, {args.model}, batch {args.batch}, {args.precision}, {'compiled' if args.compile else 'eager'}, "
           f"{args.rounds} rounds, {device_name(args.device)}, torch {torch.__version__}\n"
           f"{n}^3 matrix product: {statistics.median(rates) / 1e9:.0f} GFLOP/s (median; {min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f})\n"

@@ -169,7 +169,7 @@ def test_benchmark_commands(prepared, monkeypatch, capsys):
     assert re.search(r"\nours +[1-9]", capsys.readouterr().out)
 
 
-def test_study(prepared, monkeypatch, capsys):
+def test_study(prepared, monkeypatch):
     """All flags are read; two arms and a score of --quick; what is known is not run again; the table and the picture from
     their lines."""
     monkeypatch.chdir(prepared)

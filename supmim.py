@@ -128,7 +128,7 @@ SIZES = {"micro": (64, 4, 2), "tiny": (192, 12, 3), "small": (384, 12, 6), "base
          "large": (1024, 24, 16), "huge": (1280, 32, 16)}        # width, depth, heads; micro is ours
 
 # ours, for the paper's ViT-B/14 at 224 pixels: 16 x 16 patches, and a decoder of half the width. On few labels of small
-# pictures a larger weight serves better (README, "Labels and masks")
+# pictures a larger weight serves better (tests/results.md, "Labels and masks")
 RECIPE = dict(image_size=224, patch_size=14, shots=0, mim_weight=1.0, codes=1024, decoder_embed_dim=384, decoder_depth=2,
               decoder_num_heads=6, drop_path=0.1, crop_scale=0.08, randaugment=9, mixup=0.8, cutmix=1.0, smoothing=0.1,
               batch_size=1024, epochs=300, warmup_epochs=10, base_lr=2.5e-4, weight_decay=0.1, eval_every=1, workers=12,

@@ -22,8 +22,10 @@ Peers, none needed by the project itself: pip install transformers timm vit-pyto
 """
 
 import argparse
+import datetime
 import functools
 import itertools
+import json
 import multiprocessing
 import resource
 import statistics
@@ -304,7 +306,15 @@ def train(args):
     for name in names:
         speed = args.batch / statistics.median(times[name])
         ratio = statistics.median(a / b for a, b in zip(times[names[0]], times[name]))     # to ours, of FLIP's with whole pictures
-        print(f"{name:24}{speed:8.2f}{ratio:9.2f}{flops[name] / 1e9:14.2f}{statistics.median(shares[name]):14.0f} %{peaks[name]:26.2f}")
+        share = statistics.median(shares[name])
+        print(f"{name:24}{speed:8.2f}{ratio:9.2f}{flops[name] / 1e9:14.2f}{share:14.0f} %{peaks[name]:26.2f}")
+        if args.results:
+            line = {"method": args.method, "contestant": name, "images_per_s": speed, "ratio": ratio, "gflop_per_image": flops[name] / 1e9,
+                    "share_of_product": share, "peak_gib": peaks[name], "product_gflops": statistics.median(rates) / 1e9,
+                    "seconds": times[name], "model": args.model, "batch": args.batch, "precision": args.precision, "compile": args.compile,
+                    "machine": device_name(args.device), "torch": torch.__version__, "date": datetime.date.today().isoformat()}
+            with open(args.results, "a") as file:
+                file.write(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in line.items()}) + "\n")
 
 
 def peak(args, ratio, batch, pipe):
@@ -480,6 +490,7 @@ def arguments(argv=None):
     parser.add_argument("--folder", default="", help="pictures for `data` and `features`")
     parser.add_argument("--checkpoint", default="none", help="encoder for `features`")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--results", help="file to which `train` adds a JSON line for each contestant")
     parser.add_argument("--contestants", nargs="+", help="of the method's; ours, transformers, ...")
     return parser.parse_args(argv)
 

@@ -6,6 +6,7 @@ run     trains each method, the supervised baseline and nothing (the untrained e
         Several at once may share --runs and --results if their --methods differ and MAE, the teacher, is done.
         --quick: 200 drawn pictures and a few steps, to see that everything works, with --results of its own.
 table   writes --results as a Markdown table and as a picture, between the study's marks in README.md.
+jpegs   makes the folder --data: CIFAR-10, downloaded, as JPEGs of Pillow's default quality in class folders.
 
 What is given to whom: MAE and AMT get pictures alone; MaskDistill and DTM are taught by the study's own MAE, and their encoders
 have relative positions and layer scale besides; FLIP reads the names of the classes in captions, the baseline and SupMIM
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torchvision
 from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).parent.parent
@@ -69,6 +71,15 @@ def draw_pictures(folder: Path) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture.transpose(1, 2, 0)).save(path)
     return folder
+
+
+def jpegs(args):
+    for part in ("train", "test"):
+        pictures = torchvision.datasets.CIFAR10("data", train=part == "train", download=True)
+        for i, (picture, label) in enumerate(pictures):
+            path = Path(args.data, part, pictures.classes[label], f"{i:05}.jpg")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(path)
 
 
 def call(script: str, flags: str, output: Path) -> dict:
@@ -205,7 +216,7 @@ def draw(found: dict, path: Path):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["run", "table"])
+    parser.add_argument("what", choices=["run", "table", "jpegs"])
     parser.add_argument("--data", default="cifar10", help="cifar10, or a folder of class folders under train/ and val/ or test/")
     parser.add_argument("--epochs", type=int, default=4, help="of the pre-training")
     parser.add_argument("--seeds", type=int, default=1)
@@ -217,7 +228,7 @@ def main(argv=None):
     parser.add_argument("--picture", type=Path, default=ROOT / "assets/study.png")
     args = parser.parse_args(argv)
     args.results = args.results or (args.runs / "quick.jsonl" if args.quick else ROOT / "tests/study.jsonl")
-    {"run": run, "table": table}[args.what](args)
+    {"run": run, "table": table, "jpegs": jpegs}[args.what](args)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Every command that README.md shows runs: with its own flags, then a tiny model's, on small pictures and weights made here."""
+"""Every command in the sh blocks of README.md and tests/results.md runs: with its own flags, then a tiny model's, on small pictures and
+weights made here. Those of tests/benchmark.py and tests/study.py, within sentences, too, run one part of their work."""
 
 import argparse
 import gzip
@@ -7,6 +8,7 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +40,10 @@ DATA = {"cifar10", "cifar10-jpg", "imagenet", "tiny-imagenet", "stl10"}
 
 
 def commands(by_hand=False):
-    """The lines of README.md's sh blocks that start Python, as words: variables put in, comments left out.
+    """The lines of the sh blocks that start Python, as words: variables put in, comments left out.
 
     by_hand: those that start tests/benchmark.py and tests/study.py, the ones within sentences besides; else the others."""
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "README.md").read_text() + (ROOT / "tests/results.md").read_text()
     blocks, found, variables = re.findall(r"```sh\n(.*?)```", text, re.DOTALL), [], {}
     if by_hand:
         blocks += [command.replace("\n", " ") for command in re.findall(r"`(python tests/[^`]+)`", text)]
@@ -145,6 +147,15 @@ def test_command(prepared, monkeypatch, words):
         assert found["step"] == 1 and np.isfinite(found["loss"]) and Path("run/checkpoint.pt").exists()
 
 
+def test_lines_that_differ():
+    """The counts that the README gives for `diff A B`, lines that begin with < or >."""
+    shown = re.findall(r"`diff (\w+\.py) (\w+\.py)`: (\d+) lines", (ROOT / "README.md").read_text())
+    assert {second for _, second, _ in shown} == {f"{name}.py" for name in ("maskdistill", "flip", "dtm", "amt", "supmim")}
+    for first, second, count in shown:
+        lines = subprocess.run(["diff", first, second], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+        assert int(count) == sum(line[0] in "<>" for line in lines), (first, second)
+
+
 def test_benchmark_commands(prepared, monkeypatch, capsys):
     """Each that the README shows: its own flags, then a tiny model's and one round. Of `train`, a step of ours of all methods,
     and one run in a process."""
@@ -161,18 +172,31 @@ def test_benchmark_commands(prepared, monkeypatch, capsys):
         elif flags[0] != "data":
             benchmark.main([{"cifar10-jpg": "photos", "...": "mae.pt"}.get(flag, flag) for flag in flags] + small)
             assert re.search(r"[1-9]", capsys.readouterr().out.splitlines()[-1])
-    benchmark.main(["train", *small, "--contestants", "ours", "--one-at-a-time"])
-    assert float(re.search(r"\nours +([0-9.]+)", capsys.readouterr().out)[1]) > 0
+    benchmark.main(["train", *small, "--contestants", "ours", "--one-at-a-time", "--results", "speed.jsonl"])
+    line = json.loads(Path("speed.jsonl").read_text())
+    assert float(re.search(r"\nours +([0-9.]+)", capsys.readouterr().out)[1]) == pytest.approx(line["images_per_s"], rel=1e-3, abs=0.01)
     threads = torch.get_num_threads()
     benchmark.main(["data", "--folder", "train2017", "--rounds", "1"])
     torch.set_num_threads(threads)
     assert re.search(r"\nours +[1-9]", capsys.readouterr().out)
 
 
+def test_study_jpegs(in_tmp, monkeypatch):
+    class Pictures(list):
+        classes = ["cat", "dog"]
+    drawn = [(Image.new("RGB", (32, 32), colour), label) for label, colour in enumerate(("red", "blue"))]
+    monkeypatch.setattr(study.torchvision.datasets, "CIFAR10", lambda root, train, download: Pictures(drawn))
+    study.main(["jpegs", "--data", "made"])
+    assert sorted(map(str, Path("made").rglob("*.jpg"))) == [
+        f"made/{part}/{name}/0000{label}.jpg" for part in ("test", "train") for label, name in enumerate(Pictures.classes)]
+    assert Image.open("made/train/dog/00001.jpg").size == (32, 32)
+
+
 def test_study(prepared, monkeypatch):
     """All flags are read; two arms and a score of --quick; what is known is not run again; the table and the picture from
     their lines."""
     monkeypatch.chdir(prepared)
+    assert {words[2] for words in commands(by_hand=True) if words[1] == "tests/study.py"} == {"run", "table", "jpegs"}
     train, score, numbers = study.settings(argparse.Namespace(data="photos", workers=0, epochs=4, quick=False))
     for line in study.METHODS.values():
         name, flags = line.format(mae="mae.pt", **numbers).split(" ", 1)

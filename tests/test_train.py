@@ -246,7 +246,8 @@ def test_mistake_under_torchrun_is_said_once(photos):
 
 def test_ctrl_c(photos):
     run = subprocess.Popen([sys.executable, str(ROOT / "mae.py"), *FLAGS, "--epochs=500", "--workers=1"],
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))     # ignored in a job begun with &
     while run.poll() is None and not Path("runs/mae-photos/checkpoint.pt").exists():
         time.sleep(0.05)
     os.killpg(run.pid, signal.SIGINT)                    # a terminal sends it to the workers, too

@@ -38,7 +38,6 @@ the masking begins (released: up to an interval later); maps are saved; the SimM
 error from epoch 40 on). Published figures may stem from the released behaviour.
 """
 
-import argparse
 import contextlib
 import copy
 import math
@@ -87,8 +86,8 @@ class Config:
     mask_unit: int = 8            # simmim: side in pixels of the squares that are masked
     norm_pix: bool = True         # mae: target: pixels normalised within their patch; no: plain pixels
     crop_scale: float = 1.0       # smallest area of the random crop; 1: no crop
-    batch_size: int = 32          # pictures in a step, all processes and passes together
-    accumulate: int = 1           # passes that make up a step, to save memory
+    batch_size: int = 32          # global batch: pictures in an optimiser step, all processes and passes together
+    accumulate: int = 1           # gradient accumulation: forward-backward passes in a step, to save memory
     epochs: int = 7               # passes over the data
     warmup_epochs: float = 1.0    # epochs of linear warm-up from 0
     base_lr: float = 0.016        # learning rate for 256 pictures a step
@@ -107,7 +106,8 @@ class Config:
         self.output = self.output or f"runs/amt-{Path(self.data).resolve().name}"
         for name, size in zip(("embed_dim", "depth", "num_heads"), SIZES[self.model]):
             setattr(self, name, getattr(self, name) or size)
-        for name, least in dict(patch_size=1, batch_size=1, accumulate=1, epochs=1, log_every=1, seed=0,
+        for name, least in dict(embed_dim=1, depth=1, num_heads=1, decoder_embed_dim=1, decoder_num_heads=1, patch_size=1,
+                                batch_size=1, accumulate=1, epochs=1, log_every=1, seed=0,
                                 workers=0, max_steps=0, save_every=0, knn_pictures=0, refresh_every=1, start_epoch=0).items():
             if getattr(self, name) < least:
                 raise common.UserError(f"{name} is {getattr(self, name)}, at least {least} is needed")
@@ -440,15 +440,8 @@ def load_weights(model: AMT, path: str):
 
     Position tables of another grid are resized (bicubic, the cls row kept). Raises UserError unless
     the parameters are exactly the model's, or exactly the model's without the decoder."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):     # in official checkpoints
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        state = dict(state.get("model", state))
-    except FileNotFoundError as error:
-        raise common.UserError(f"no file {path}") from error
-    except Exception as error:                           # zip, pickle or torch, according to the file
-        raise common.UserError(f"{path} is no checkpoint: {common.why(error)}") from error
-    state = {name.removeprefix("module."): value for name, value in state.items()}
+    state = common.read_file(path)
+    state = {name.removeprefix("module."): value for name, value in state.get("model", state).items()}
     for name in {"pos_embed", "decoder_pos_embed"} & state.keys():
         state[name] = resize_positions(state[name], model.grid)
     own = model.state_dict()

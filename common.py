@@ -50,6 +50,17 @@ def why(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
+def read_file(path: str) -> dict:
+    """All that a file of weights holds, on the CPU; nothing in it is executed. Raises UserError."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):     # in official checkpoints
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except FileNotFoundError as error:
+        raise UserError(f"no file {path}") from error
+    except Exception as error:                           # zip, pickle or torch, according to the file
+        raise UserError(f"{path} is no checkpoint: {why(error)}") from error
+
+
 def rank() -> int:
     return int(os.environ.get("RANK", 0))               # RANK, LOCAL_RANK, WORLD_SIZE: torchrun's
 
@@ -77,7 +88,7 @@ def launched():
         sys.exit(2)
     except KeyboardInterrupt:
         if rank() == 0:
-            print("\nstopped; the same command (with --resume) goes on from the last checkpoint", file=sys.stderr)
+            print("\nstopped; the same command (without --no-resume) goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -117,7 +128,9 @@ def first_process_first():
 
 
 def mix(*numbers: int) -> int:
-    """Several numbers -> one 32-bit seed (torch's CPU generator drops the high half of a seed)."""
+    """Several numbers -> one 32-bit seed (torch's CPU generator drops the high half of a seed).
+
+    Zeros at the end do not count, mix(1, 2) == mix(1, 2, 0): a second use of the same numbers needs a last one that is not 0."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
@@ -195,8 +208,9 @@ def plan(cfg, pictures: int) -> tuple[int, float]:
 
 
 def learning_rate(step: float, warmup: float, total: float, peak: float, minimum: float = 0.0, shape="cosine"):
-    """Linear warm-up from 0 to `peak`, then half a cosine, or a line ("linear"), down to `minimum`; any
-    unit of time."""
+    """Linear warm-up from 0 to `peak`, then half a cosine (shape "linear": a straight line) down to `minimum`.
+
+    step, warmup and total are in one unit: steps, or epochs."""
     if step < warmup:
         return peak * step / warmup
     if shape == "linear":
@@ -226,12 +240,12 @@ def add_drop_path(blocks, rate: float):
 
 # --------------------------------------------------------------------------------------- pictures
 class Pictures(Dataset):
-    """Pictures with labels, in memory or decoded from files when asked for.
+    """Pictures with labels, held in memory or decoded from files when asked for.
 
-    source: uint8 tensor (n, 3, H, W) or list of paths; labels: n ints or None; transform: picture
-    -> picture, drawing on torch's generator. An item is asked for as (epoch, index) and is
-    (picture uint8 (3, H, W), label or -1, index); it depends on (seed, epoch, index) alone.
-    For a picture that cannot be read, the next one steps in; `broken` (n,) remembers it."""
+    source: uint8 tensor (n, 3, H, W) or list of paths; labels: n ints or None; transform: picture -> picture,
+    random numbers from torch's generator. pictures[epoch, index] -> (picture uint8 (3, H, W), label or -1, index),
+    the same for the same (seed, epoch, index). If a picture cannot be read, the next readable one is given in its
+    place, with its own label and index, and `broken` (n,) marks it."""
 
     def __init__(self, source, labels=None, seed: int = 0, transform=None):
         files = None if torch.is_tensor(source) else np.array([os.fsencode(p) for p in source])
@@ -300,10 +314,10 @@ def decode(data: bytes) -> torch.Tensor:
 
 
 def augment(size: int, scale: float, jitter: float = 0.0, randaugment: int = 0):
-    """A crop of `scale` to 1 of the area (1: the centre) made size x size, a flip (MAE's), a change of
-    brightness, contrast and saturation by up to `jitter` (BEiT's), RandAugment of a magnitude of up to 10.
+    """Random crop of `scale` to 1 of the area (1: the centre instead), resized to size x size; random flip (both MAE's);
+    brightness, contrast and saturation changed by up to `jitter` (BEiT's); RandAugment of magnitude 0 (none) to 10.
 
-    Its magnitude counts 11 bins, so that 9 is 9 tenths of the strongest (27 degrees of rotation), as the
+    The magnitude counts 11 bins, so that 9 is 9 tenths of the strongest (27 degrees of rotation), as the
     papers mean it; torchvision's own 31 bins would make it 30 percent."""
     crop = v2.RandomResizedCrop(size, (scale, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
     steps = [crop if scale < 1 else Centre(size), v2.RandomHorizontalFlip()]
@@ -316,8 +330,8 @@ def augment(size: int, scale: float, jitter: float = 0.0, randaugment: int = 0):
 
 
 def mixing(mixup: float, cutmix: float, classes: int):
-    """(images, labels) -> mixed images, soft labels (B, classes): MixUp or CutMix of these alphas (0: not that
-    one), either as likely."""
+    """A function (images, labels) -> (mixed images, soft labels (B, classes)): MixUp or CutMix with these alphas, each half of
+    the time; an alpha of 0 turns one off. Both 0: nothing is changed."""
     kinds = [kind(alpha=alpha, num_classes=classes) for kind, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha]
     return v2.RandomChoice(kinds) if kinds else lambda images, labels: (images, labels)
 
@@ -429,25 +443,20 @@ def open_data(name: str, root: str, seed: int = 0) -> Data:
         return Data(train, train, test, list(SHAPES))
     if name in ("cifar10", "cifar100", "stl10"):
         return open_torchvision(name, root, seed)
-    if name == "imagenet":
-        return open_folder(_where(root, "imagenet", "ILSVRC/Data/CLS-LOC", ""), seed)
-    if name == "tiny-imagenet":
-        return open_folder(_where(root, "tiny-imagenet-200", "tiny-imagenet", ""), seed)
-    return open_folder(Path(name), seed)
-
-
-def _where(root: str, *places: str) -> Path:
-    for folder in (Path(root, place) for place in places):
+    places = {"imagenet": ("imagenet", "ILSVRC/Data/CLS-LOC", ""), "tiny-imagenet": ("tiny-imagenet-200", "tiny-imagenet", "")}
+    if name not in places:
+        return open_folder(Path(name), seed)
+    for folder in (Path(root, place) for place in places[name]):
         if (folder / "train").is_dir() and (folder / "val").is_dir():
-            return folder
-    raise UserError(f"no train/ and val/ in {Path(root, places[0])}; put the data there, or say with "
+            return open_folder(folder, seed)
+    raise UserError(f"no train/ and val/ in {Path(root, places[name][0])}; put the data there, or say with "
                     "--data-root where it is")
 
 
 def open_torchvision(name: str, root: str, seed: int) -> Data:
     """CIFAR-10, CIFAR-100 or STL-10, downloaded if need be. Raises UserError if that fails."""
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "stl10": datasets.STL10}[name]
-    parts = ("train+unlabeled", "train", "test") if name == "stl10" else (True, True, False)
+    parts = ("train+unlabeled", "train", "test") if name == "stl10" else (True, False)
     try:
         with first_process_first():
             sets = [kind(root, part, download=True) for part in parts]
@@ -457,8 +466,8 @@ def open_torchvision(name: str, root: str, seed: int) -> Data:
     if name == "stl10":                                  # pre-training sees labelled and unlabelled
         return Data(Pictures(torch.from_numpy(sets[0].data), None, seed),
                     *(Pictures(torch.from_numpy(s.data), s.labels, seed) for s in sets[1:]), sets[1].classes)
-    return Data(*(Pictures(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), s.targets, seed)
-                  for s in sets), sets[1].classes)
+    train, test = (Pictures(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), s.targets, seed) for s in sets)
+    return Data(train, train, test, sets[0].classes)
 
 
 def open_folder(folder: Path, seed: int) -> Data:
@@ -602,7 +611,7 @@ def write_metrics(folder: Path, **values):
 
 
 def save_whole(state, path: Path, previous: Path | None = None):
-    """torch.save, but at any moment of a kill there is a whole file; the old one becomes `previous`."""
+    """torch.save, safe against a kill: `path` is absent or complete. The old file, if any, becomes `previous`."""
     packed, new = io.BytesIO(), path.with_name(path.name + ".new")
     torch.save(state, packed)                            # in memory first: a full disk is an OSError
     with open(new, "wb") as file:
@@ -688,7 +697,7 @@ class Run:
         return None
 
     def save(self, step: int):
-        """Write checkpoint.pt and keep the one before it. At any moment of a kill, one is whole."""
+        """Write checkpoint.pt and keep the one before it: if the run is killed here, one of them is complete."""
         path = self.folder / "checkpoint.pt"
         state = {"method": self.method, "config": dataclasses.asdict(self.cfg), "step": step,
                  "steps_per_epoch": self.steps_per_epoch, "loss": self.loss, "epoch_losses": self.epoch_losses,
@@ -707,12 +716,12 @@ class Run:
             yield step
 
     def end_step(self, step: int, loss: torch.Tensor, lr: float, score=None) -> bool:
-        """Log and save when it is time to; whether an epoch ended.
+        """Log and save if it is time. Returns whether an epoch ended.
 
-        loss: a scalar on the device, read every --log-every steps only, all of them at once.
-        score: () -> {name: figure}, measured and logged after --eval-every epochs (each, without the flag) and the last,
-            kept in `scores`.
-        Raises UserError if a loss is not finite."""
+        loss: a scalar on the device; it is read only when something is logged or saved, so the host seldom waits.
+        score: () -> {name: figure}, called and logged after every --eval-every epochs (without that flag: after each) and
+            after the last; the result is in `scores` until the next step ends.
+        Raises UserError if a loss or a weight is not finite."""
         done, self.scores = step + 1, None
         self.window.append(loss), self.rates.append(lr)
         end_of_epoch = done % self.steps_per_epoch == 0
@@ -777,11 +786,11 @@ class Run:
 @torch.no_grad()
 def features(encode, pictures: Pictures, size: int, device, batch_size: int = 500, workers: int = 0,
              limit: int = 0, view=None, rows=None):
-    """encode() of the pictures' centres, or of what `view` makes of them: of `rows`, or of at most `limit`
-    of them, evenly spread (0: of all).
+    """Features of pictures, without augmentation: encode(images (B, 3, size, size)) -> (B, D).
 
-    Each process encodes its share, all get everything: features fp32 (n, D) and labels (n,) on the
-    device, in the order of the pictures. Unreadable pictures are left out."""
+    view: picture -> picture, in place of the centre crop. rows: which pictures (numbers); else at most `limit` of them,
+    evenly spread (0: all). Each process encodes a share and all get everything: features fp32 (n, D) and labels (n,)
+    on the device, in the order of the pictures. Unreadable pictures are left out."""
     count = min(limit or len(pictures), len(pictures)) if rows is None else len(rows)
     chosen = np.linspace(0, len(pictures) - 1, count).round().astype(int) if rows is None else rows
     mine = np.arange(rank(), count, world()) if rank() < count else np.arange(1)     # at least one

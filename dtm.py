@@ -16,7 +16,7 @@ are compared. How many groups, and by how many rounds of matching, is drawn anew
       | norm, distill_head                                 |
     online (B, N, E) ------------------------------------ loss of the groups' means
 
-B batch, N patches, K kept, D width, E the teacher's width, P patch side, n groups.
+B batch, N patches, K kept, S scored (N; K if the student is sparse), D width, E the teacher's width, P patch side, n groups.
 Against maskdistill.py: all tokens are scored, not only the hidden; `draw_schedule`, `match` and `morph_loss`.
 Nothing is added to the network, and nothing is learned by the matching.
 
@@ -29,14 +29,14 @@ Nothing is added to the network, and nothing is learned by the matching.
 With means and groups weighted by size, and any loss but cosine, the morphed loss is never above the token-wise
 loss of the same output (Jensen), by construction: a lower pre-training loss proves nothing. Both are logged.
 
-Algorithm 1 of the paper splits tokens at random, averages means of means, and takes the best pairs of all; the
-released code, which is the default here, alternates, averages tokens, and takes each token's best partner (--split
-and --average have the former; the threshold over all pairs is not here). Some of what the released code does looks
-like mistakes, and only `--preset official` does it: to draw how many tokens are merged, not how many groups remain;
-never to merge the first patch, taken for the class token; to feed CLIP with the student's normalisation. Not even
-that preset: half precision, which forms other groups by rounding; draws of each process's own; gradients
-accumulated by forgetting all passes but the last; the learning rate by the square root of the batch; 1e-6 in the
-means.
+Algorithm 1 of the paper splits tokens at random, takes means of means, and merges the best of all pairs. The released
+code, our default, splits them by turns, takes means of tokens, and merges a token with its best partner (--split random
+--average uniform: as algorithm 1, but for its pairs). How many groups remain is drawn as in the paper; how that is
+spread over the rounds is ours, since equation 1 could not be read. Only `--preset official` does what look like mistakes
+of the released code: it draws how many tokens are merged, never merges the first patch (taken for the class token),
+and gives CLIP pixels normalised for the student. Not done even there: similarities in half precision (rounding changes
+the groups), other draws in each process, steps by the last pass's gradient alone, a learning rate that grows with the
+square root of the batch, 1e-6 in the means, relative positions of each block's own besides the shared ones.
 """
 
 import argparse
@@ -68,8 +68,8 @@ class Config:
     preset: str = ""              # settings to start from; empty: those of --data, "folder" for a folder
     output: str = ""              # folder of the run; empty: runs/dtm-DATA
     teacher: str = "self"         # clip, clip-large, dino, self, hog, pixels, momentum, random, or a file of weights
-    teacher_feature: Literal["", "post", "raw", "proj"] = ""  # after, before its last norm; CLIP's projection; empty: proj or post
-    teacher_norm: Literal["own", "student"] = "own"  # pixels normalised as the teacher learned, or as released
+    teacher_feature: Literal["", "post", "raw", "proj"] = ""  # after its last norm, before it, CLIP's projection; empty: proj for clip and clip-large, else post (files, too)
+    teacher_norm: Literal["own", "student"] = "own"  # its pixels normalised as it was trained, or as the student's (released code)
     teacher_epochs: int = 6       # self: passes over the labelled pictures, before the student begins
     teacher_lr: float = 0.016     # self: learning rate for 256 pictures a step
     trust: bool = False           # run the code in a TorchScript file given as --teacher (released CLIP: always)
@@ -77,16 +77,16 @@ class Config:
     loss: Literal["smooth_l1", "l2", "l1", "cosine"] = "smooth_l1"  # between the means of groups
     beta: float = 2.0             # smooth_l1: quadratic below, linear above
     morphs: int = 2               # morphings L in a step, each of its own groups; 0: compare token by token
-    most_rounds: int = 4          # rounds of matching in a morphing: 1 to so many
+    most_rounds: int = 4          # a morphing has from 1 to this many rounds of matching
     schedule: Literal["exact", "official"] = "exact"  # draw how many groups remain, or how many tokens are merged
     split: Literal["alternating", "random"] = "alternating"  # the two halves that are matched
-    average: Literal["size", "uniform"] = "size"  # a group's mean: of its tokens, or of means of means (algorithm 1)
+    average: Literal["size", "uniform"] = "size"  # a group's mean: over its tokens, or a mean of means (algorithm 1)
     group_weight: Literal["size", "uniform"] = "size"  # a group counts as often as it has tokens, or once
     protect_first: bool = False   # never merge the first patch
-    token_weight: float = 0.0     # of maskdistill.py's loss besides: hidden tokens one by one
+    token_weight: float = 0.0     # weight of a second loss, that of maskdistill.py: hidden tokens one by one
     masking: Literal["block", "random"] = "block"  # hide rectangles or single patches
     mask_ratio: float = 0.383     # share of the patches that is hidden
-    min_block: int = 2            # least area of a hidden rectangle in patches
+    min_block: int = 2            # smallest area of a hidden rectangle, in patches
     student: Literal["dense", "sparse"] = "dense"  # sparse: hidden patches dropped, visible ones scored
     momentum: float = 0.999       # momentum: decay of the average of the student
     model: Literal["micro", "tiny", "small", "base", "large", "huge"] = "micro"  # size of the encoder
@@ -94,14 +94,14 @@ class Config:
     depth: int = 0                # blocks; 0: the model's
     num_heads: int = 0            # attention heads; 0: the model's
     mlp_ratio: float = 4.0        # hidden width of an MLP / D
-    layer_scale: float = 1.0      # what the gains of the branches start with
+    layer_scale: float = 1.0      # first value of the gains of the branches
     drop_path: float = 0.0        # chance to drop the last block's branches; 0 at the first block
     image_size: int = 32          # side of the square input in pixels
     patch_size: int = 8           # side of a patch in pixels
     crop_scale: float = 1.0       # smallest area of the random crop; 1: no crop
     color_jitter: float = 0.0     # strength of random brightness, contrast, saturation
-    batch_size: int = 64          # pictures in a step, all processes and passes together
-    accumulate: int = 1           # passes that make up a step, to save memory
+    batch_size: int = 64          # global batch: pictures in an optimiser step, all processes and passes together
+    accumulate: int = 1           # gradient accumulation: forward-backward passes in a step, to save memory
     epochs: int = 8               # passes over the data
     warmup_epochs: float = 1.0    # epochs of linear warm-up from 0
     base_lr: float = 0.005        # learning rate for 256 pictures a step
@@ -119,11 +119,11 @@ class Config:
     knn_pictures: int = 500       # training pictures that vote in the final k-NN; 0: all
 
     def __post_init__(self):
-        self.teacher_feature = self.teacher_feature or ("proj" if self.teacher.startswith("clip") else "post")
+        self.teacher_feature = self.teacher_feature or ("proj" if self.teacher in ("clip", "clip-large") else "post")
         self.output = self.output or f"runs/dtm-{Path(self.data).resolve().name}"
         for name, size in zip(("embed_dim", "depth", "num_heads"), SIZES[self.model]):
             setattr(self, name, getattr(self, name) or size)
-        for name, least in dict(patch_size=1, batch_size=1, accumulate=1, epochs=1, teacher_epochs=1, log_every=1,
+        for name, least in dict(embed_dim=1, depth=1, num_heads=1, patch_size=1, batch_size=1, accumulate=1, epochs=1, teacher_epochs=1, log_every=1,
                                 min_block=1, morphs=0, most_rounds=1, token_weight=0, seed=0, workers=0, max_steps=0,
                                 save_every=0, knn_pictures=0).items():
             if getattr(self, name) < least:
@@ -152,7 +152,7 @@ class Config:
 SIZES = {"micro": (64, 2, 4), "tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12),
          "large": (1024, 24, 16), "huge": (1280, 32, 16)}        # width, depth, heads; micro is ours
 
-# the released code's; batch, warm-up, crop and drop path, which it leaves open or gives as 5 epochs and 0.08: BEiT v2's
+# the released code's, but BEiT v2's for batch and drop path (left open), warm-up and crop (released: 5 epochs, 0.08)
 PAPER = dict(teacher="clip", normalize="none", loss="smooth_l1", beta=2.0, morphs=2, most_rounds=14,
              masking="block", mask_ratio=0.383, min_block=16, layer_scale=0.1, drop_path=0.0, image_size=224, patch_size=16,
              crop_scale=0.2, color_jitter=0.4, batch_size=2048, epochs=300, warmup_epochs=10, base_lr=1.5e-3 / 8,
@@ -413,9 +413,9 @@ ERRORS = {"smooth_l1": lambda d, beta: F.smooth_l1_loss(d, torch.zeros_like(d), 
 def draw_schedule(tokens: int, most_rounds: int, rng, kind: str = "exact") -> list[int]:
     """How many tokens each round merges, for one morphing: a list of k numbers; rng: random.Random.
 
-    exact: the number of groups that remain is uniform in 1 ... tokens, the number of rounds in 1 ...
-    most_rounds (more, where halving in each could not get there), and every round merges about as many.
-    official: how many are merged is uniform in 0 ... tokens, spread by rounding up, so more are."""
+    exact: how many groups remain is uniform in 1 ... tokens (as in the paper), the number of rounds in 1 ... most_rounds
+    (or more, where halving each time is too slow); each round merges about equally many (this rule is ours).
+    official: how many are merged is uniform in 0 ... tokens, divided by the rounds and rounded up: usually more merge."""
     if kind == "official":
         merged, k = rng.randint(0, tokens), rng.randint(1, most_rounds)
         r = -(-merged // k)
@@ -424,8 +424,7 @@ def draw_schedule(tokens: int, most_rounds: int, rng, kind: str = "exact") -> li
     k = max(k, math.ceil(math.log2(tokens / remain)))
     n, rounds = tokens, []
     for left in range(k - 1, -1, -1):                    # rounds after this one, each at best a halving
-        r = max(-(-(n - remain) // (left + 1)), n - remain * 2 ** left)
-        rounds.append(min(max(r, 0), n // 2))
+        rounds.append(max(-(-(n - remain) // (left + 1)), n - remain * 2 ** left))     # never below 0 or above n // 2
         n -= rounds[-1]
     return rounds
 
@@ -439,8 +438,8 @@ def match(tokens, rounds: list[int], protect_first=False, average="size", split=
     (average "size"), or of the tokens merged in that round ("uniform": the paper's product of
     averaging matrices).
     Returns labels (B, N), the number of each token's group; how many groups n there are; and the
-    tokens' weights in their group's mean (B, N), None where they are equal. Always in fp32: half
-    precision forms other groups."""
+    tokens' weights in their group's mean (B, N), None where they are equal. Similarities are always in fp32 (in half
+    precision they form other groups); the tokens are as exact as the teacher's own precision, bf16 in training on a GPU."""
     B, N, C = tokens.shape
     labels, n = torch.arange(N, device=tokens.device).repeat(B, 1), N
     x = tokens if tokens.dtype == torch.float64 else tokens.float()             # sums: a cosine has no scale
@@ -507,8 +506,7 @@ def morph_loss(online, target, labels, n=None, weights=None, loss="smooth_l1", b
 
 def token_loss(online, target, **scoring):
     """The same, each token (B, N, C) a group of its own."""
-    alone = torch.arange(online.shape[1], device=online.device).expand(len(online), -1)
-    return morph_loss(online, target, alone, **scoring)
+    return morph_loss(online, target, match(target, [])[0], **scoring)
 
 
 def hog(images, patch_size: int, bins: int = 9):
@@ -640,7 +638,7 @@ def load_teacher(path: Path, grid: tuple[int, int], feature="post", trust=False)
     if "blocks.0.rel_pos_bias.relative_position_bias_table" in state:
         raise common.UserError(f"{path} is fine-tuned, with a table of positions for each block; take the "
                                "pre-training's checkpoint.pt")
-    other = ("decoder", "mask_token", "head.", "distill_head", "momentum")      # besides the encoder
+    other = ("decoder", "mask_token", "head.", "distill_head", "momentum", "text", "image_proj", "logit_scale")     # no encoder's
     state = {name.replace("fc_norm.", "norm."): value for name, value in state.items() if not name.startswith(other)}
     proj, depth = state.pop("proj", None), len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     if feature == "proj" and proj is None:
@@ -663,7 +661,7 @@ def load_teacher(path: Path, grid: tuple[int, int], feature="post", trust=False)
     except (KeyError, ValueError, RuntimeError) as error:        # a name or a shape that is not a ViT's
         raise common.UserError(f"{path} does not fit: {' '.join(str(error).split())[:300]}") from error
     kind = "OpenAI's CLIP (QuickGELU)" if clip else "ViT"
-    common.say(f"{path}: teacher read as {kind}, width {width}, {depth} blocks, {heads} heads, patch {patch_size}")
+    common.say(f"{path}: teacher read as {kind}, feature {feature}, width {width}, {depth} blocks, {heads} heads, patch {patch_size}")
     return Teacher(vit, *((CLIP_MEAN, CLIP_STD) if clip else (common.MEAN, common.STD)), feature, proj)
 
 

@@ -7,11 +7,11 @@
     python evaluate.py finetune  --checkpoint ...      # all weights, end to end
     python evaluate.py segment   --checkpoint ...      # a class for every pixel
 
---checkpoint is a checkpoint of any script here, or a released file in timm's names (MAE: encoder,
-full or fine-tuned; DINO; DeiT and timm without the distillation token) with --model base (and
---method mae) to say what it is; `none` is the untrained encoder: with finetune, training from
-scratch; with finetune --eval, fine-tuned weights and supmim.py's classifiers are scored. --data
-chooses the settings as in the other scripts; `--data imagenet` are the papers'.
+--checkpoint is a checkpoint of any script here, or a released file in timm's names (MAE: encoder, full or
+fine-tuned; DINO; DeiT and timm without the distillation token), of which --model base (and --method mae) say
+what it is. `--checkpoint none` is the untrained encoder; `finetune` then trains from scratch. `finetune --eval`
+trains nothing and scores fine-tuned weights or a classifier of supmim.py. --data chooses the settings, as in the
+other scripts: those of `--data imagenet` are the papers'.
 
     protocol    trained                          input            chosen on
     knn         nothing                          centres          nothing: k is 20, all k and taps are shown
@@ -26,7 +26,6 @@ test set. Pictures are normalised with ImageNet's mean and deviation; weights th
 others (timm's augreg: 0.5) score too low. B batch, N patches, D width, C classes, h x w grid of patches.
 """
 
-import argparse
 import contextlib
 import copy
 import hashlib
@@ -83,8 +82,8 @@ class Config:
     pool: Literal["mean", "cls"] = "mean"  # finetune: patch tokens' mean and a new norm, or class token
     num_classes: int = 0          # segment, a folder: classes; 0: as many as the masks hold
     stride: int = 0               # segment: step of the sliding window in pixels; 0: two thirds of it
-    batch_size: int = 256         # pictures in a step, all processes and passes together
-    accumulate: int = 1           # passes that make up a step, to save memory
+    batch_size: int = 256         # global batch: pictures in an optimiser step, all processes and passes together
+    accumulate: int = 1           # gradient accumulation: forward-backward passes in a step, to save memory
     epochs: int = 50              # passes over the training pictures
     warmup_epochs: float = 0.0    # epochs of linear warm-up from 0
     schedule: Literal["cosine", "linear"] = "cosine"  # of the learning rate after the warm-up
@@ -179,14 +178,7 @@ PRESETS = {
 # ---------------------------------------------------------------------------------------- encoder
 def read_checkpoint(path: str) -> tuple[dict, dict]:
     """(all that the file holds, its weights {timm's name: tensor}). Raises UserError."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):     # in official checkpoints
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise common.UserError(f"no file {path}") from error
-    except Exception as error:                           # zip, pickle or torch, according to the file
-        raise common.UserError(f"{path} is no checkpoint: {common.why(error)}") from error
-    state = saved
+    state = saved = common.read_file(path)
     for key in ("model", "state_dict", "teacher"):       # ours, MAE, DeiT; timm; DINO with both networks
         state = state.get(key, state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not state or not all(

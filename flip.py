@@ -1,8 +1,9 @@
 """Scaling Language-Image Pre-training via Masking (Li et al., arXiv 2212.00794): FLIP.
 
-CLIP, but half of each picture's patches are left out, and nothing is put in their place. An image tower and a text
-tower learn to give a picture and its caption the same direction, and all other pairs of the batch other ones. Half the
-patches cost half as much, so that in the same time more pairs, in larger batches, are seen.
+CLIP, but a random half of each picture's patches is left out before the image tower, and nothing is put in its place.
+The two towers learn features whose cosine is high for a picture and its own caption, and low for the other captions of
+the batch. Half the patches cost about half as much: the same time buys more pairs, in larger batches. What is scored are
+whole pictures, if wanted after a little more training with them ("unmasked tuning": shapes-tune, laion-tune).
 
     loss = 1/2 mean over the G pairs of the batch of [CE(s Z W^T, i) + CE(s W Z^T, i)],   CE: cross-entropy with class i
            Z, W (G, E): the features of pictures and captions, of length 1;  s <= 100: learned
@@ -13,12 +14,12 @@ patches cost half as much, so that in the same time more pairs, in larger batche
       | kept                                                 | text.blocks, text.norm
       | patch_embed, + pos_embed, cls_token, blocks, norm    |
     latent (B, 1+K, D)                                     x (B, T, text width)
-      | mean, image_proj, to length 1                        | the first one, text.proj, to length 1
+      | mean, image_proj, L2-normalised                     | the first one, text.proj, L2-normalised
     image (B, E)                                           text (B, E)
       +--------------------- gathered ---------------------+
                image (G, E), text (G, E): loss
 
-B pairs of this process, G of all, N patches, K kept, D width, P patch side, T ids of a caption, E shared width.
+B pairs of this process, G of all processes, N patches, K kept, D width, P patch side, T ids of a caption, E shared width.
 Against mae.py: no decoder; a text tower; pictures with captions; negatives from all processes.
 
     python flip.py                                    # drawn shapes, no download, 102 s on 2 CPU cores:
@@ -26,14 +27,13 @@ Against mae.py: no decoder; a text tower; pictures with captions; negatives from
     python flip.py --preset shapes-tune --init runs/flip-shapes/checkpoint.pt       # a little more, with whole pictures
     python flip.py --zero-shot runs/flip-shapes/checkpoint.pt
     python flip.py --zero-shot ViT-B-16.pt --trust --towers clip --vocab bpe_simple_vocab_16e6.txt.gz --data imagenet
-    torchrun --nproc_per_node=8 flip.py --preset laion --data 'shards/{00000..41407}.tar' --vocab vocab.txt
+    torchrun --nproc_per_node=8 flip.py --preset laion --data 'shards/{00000..41407}.tar' --vocab vocab.txt --accumulate 8
 
-As in the released code, and not in the paper: positions of the image tower are fixed sines and cosines, the class
-token has a part in the mean, padding is attended to, pictures are flipped. Different from it: captions begin with a
-token of their own ([CLS]), so that something general is read off (--no-text-cls: the first word piece is, as released);
-exact GELU instead of its tanh approximation, as in timm; the scale is clamped after each step,
-not inside the loss, where its gradient would be lost; the scale is not decayed. Not said anywhere: the decoder of the
-reconstruction (--reconstruction: here MAE's, of one block) and which text token is never masked (here the first).
+As in the released code, though the paper does not say so: positions of the image tower are fixed sines and cosines, the
+mean includes the class token, the text tower reads padding, pictures are flipped. Unlike the released code: a caption's
+feature is read off a [CLS] token in front (--no-text-cls: off its first word piece, as released); GELU is exact, not by
+tanh; the scale is clamped after each step (inside the loss a clamped scale has no gradient) and not decayed. Found
+nowhere, so ours: the decoder of --reconstruction (MAE's, of one block), and that the first token is never masked.
 """
 
 import contextlib
@@ -79,30 +79,30 @@ class Config:
     data: str = "shapes"          # shapes; a .csv, .tsv or .json of pairs; tar shards; a folder; cifar10, imagenet, ...
     data_root: str = "data"       # where the named data sets are, or are downloaded to
     image_root: str = ""          # what relative paths in a .csv, .tsv or .json start from; empty: its folder
-    test_data: str = ""           # pairs, as in --data, for retrieval at the end; empty: some of --data
-    test_root: str = ""           # the same as --image-root for --test-data; empty: its folder
+    test_data: str = ""           # pairs, as in --data, for retrieval at the end; empty: a part of --data, of shards nothing
+    test_root: str = ""           # what relative paths in --test-data start from; empty: its folder
     preset: str = ""              # settings to start from; empty: those of --data, "folder" for others
     output: str = ""              # folder of the run; empty: runs/flip-DATA, with -tuned after --init
     init: str = ""                # weights to start from: a checkpoint of ours, CLIP's or open_clip's
-    zero_shot: str = ""           # such weights to score on --data instead of training
+    zero_shot: str = ""           # weights, as for --init, to score on --data; nothing is trained
     trust: bool = False           # run the code in a TorchScript file of weights (OpenAI's are such)
     vocab: str = ""               # vocab.txt: BERT's word pieces; .gz: CLIP's byte pairs; empty: bytes
     templates: str = ""           # file of prompts with {} for the class, one a line; empty: the paper's seven
     classnames: str = ""          # file with a name for each class folder: lines in their order, or JSON {folder: name}
-    towers: Literal["flip", "clip", "open_clip"] = "flip"  # of the paper; of OpenAI's CLIP; the same with exact GELU
+    towers: Literal["flip", "clip", "open_clip"] = "flip"  # the paper's; OpenAI's; OpenAI's with exact GELU
     mask_ratio: float = 0.5       # share of the patches that is left out
     text_mask_ratio: float = 0.0  # share of the ids that is left out
-    text_mask: Literal["padding", "random"] = "padding"  # padding is left out first, or all are alike
-    reconstruction: float = 0.0   # weight of MAE's loss besides, by a decoder of one block
+    text_mask: Literal["padding", "random"] = "padding"  # padding: padding is left out first; random: any id is as likely
+    reconstruction: float = 0.0   # weight of MAE's loss, added to the contrastive one (decoder of one block); 0: none
     model: Literal["micro", "tiny", "small", "base", "large", "huge"] = "micro"  # size of both towers
     embed_dim: int = 0            # width D of the image tower; 0: the model's
-    depth: int = 0                # its blocks; 0: the model's
-    num_heads: int = 0            # its attention heads; 0: the model's
+    depth: int = 0                # blocks of the image tower; 0: the model's
+    num_heads: int = 0            # attention heads of the image tower; 0: the model's
     text_width: int = 0           # width of the text tower; 0: the model's
-    text_depth: int = 0           # its blocks; 0: the model's
-    text_heads: int = 0           # its attention heads; 0: the model's
+    text_depth: int = 0           # blocks of the text tower; 0: the model's
+    text_heads: int = 0           # attention heads of the text tower; 0: the model's
     proj_dim: int = 0             # width E of the features that are compared; 0: the model's
-    mlp_ratio: float = 4.0        # hidden width of an MLP / width
+    mlp_ratio: float = 4.0        # image tower: hidden width of an MLP / D (the text tower's is always 4)
     text_length: int = 0          # ids of a caption T; 0: 32 word pieces, 77 others
     text_cls: bool = True         # captions begin with a token of their own; no: as released (towers flip)
     vocab_size: int = 0           # different ids; 0: the vocabulary's
@@ -134,7 +134,8 @@ class Config:
             setattr(self, field, getattr(self, field) or size)
         self.text_length = self.text_length or (32 if self.vocab.endswith(".txt") else 77)
         self.vocab_size = self.vocab_size or open_vocabulary(self.vocab).size
-        for field, least in dict(patch_size=1, batch_size=1, accumulate=1, epochs=1, log_every=1, text_length=2, shuffle=1,
+        for field, least in dict(**dict.fromkeys(SIZE_FIELDS, 1), patch_size=1,
+                                 batch_size=1, accumulate=1, epochs=1, log_every=1, text_length=2, shuffle=1,
                                  seed=0, workers=0, max_steps=0, save_every=0, knn_pictures=0, epoch_pairs=0,
                                  reconstruction=0).items():
             if getattr(self, field) < least:
@@ -142,8 +143,8 @@ class Config:
         for part, whole in (("patch_size", "image_size"), ("num_heads", "embed_dim"), ("text_heads", "text_width")):
             if getattr(self, whole) % getattr(self, part):
                 raise common.UserError(f"{part} {getattr(self, part)} does not divide {whole} {getattr(self, whole)}")
-        if self.embed_dim % 4:
-            raise common.UserError("embed_dim must be a multiple of 4")
+        if self.embed_dim % (8 if self.reconstruction else 4):                  # the decoder has half the width
+            raise common.UserError("embed_dim must be a multiple of 4, with --reconstruction of 8")
         patches = (self.image_size // self.patch_size) ** 2
         if not 0 < int(patches * (1 - self.mask_ratio)) <= patches:
             raise common.UserError(f"mask_ratio {self.mask_ratio} leaves nothing to see of {patches} patches, or is below 0")
@@ -185,18 +186,12 @@ TEMPLATES = ("itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a phot
              "a {} in a video game.", "art of the {}.", "a photo of the small {}.")      # section 4.2, CLIP's best seven
 
 
-# ---------------------------------------------- Vision Transformer (the same text in every script)
+# ---------------------- Vision Transformer (mae.py's, with what CLIP's towers need besides)
 def patchify(images, patch_size: int):
     """(B, C, H, W) -> (B, N, P*P*C): patches row by row; within one: row, column, channel."""
     B, C, H, W = images.shape
     x = images.reshape(B, C, H // patch_size, patch_size, W // patch_size, patch_size)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, patch_size * patch_size * C)
-
-
-def unpatchify(patches, patch_size: int, grid: tuple[int, int]):
-    """The inverse of `patchify`, on a grid of (rows, columns) patches."""
-    x = patches.reshape(len(patches), *grid, patch_size, patch_size, -1)
-    return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)               # (B, C, H, W)
 
 
 def take(tokens, index):
@@ -315,10 +310,6 @@ class VisionTransformer(nn.Module):
             x = block(x)
         return self.norm(x)
 
-    def encode(self, images):
-        """Normalised images (B, 3, H, W) -> all tokens (B, 1 + N, D); nothing is ever masked."""
-        return self.tokens(patchify(images, self.patch_size))
-
 
 def resize_positions(table, grid: tuple[int, int]):
     """Position table (1, 1 + n*n, D) of a square grid -> (1, 1 + h*w, D), bicubic. Same grid: untouched."""
@@ -331,8 +322,8 @@ def resize_positions(table, grid: tuple[int, int]):
 
 
 class TextTower(nn.Module):
-    """ids (B, T) -> features (B, E), of any length: those of the first token, or, if causal, of the
-    largest id, which is the end token's; padding is read like anything else (FLIP, released code; CLIP)."""
+    """ids (B, T) -> features (B, E), not yet normalised, read off the first token or, if causal, off the end token, whose id is
+    the largest; padding is attended to (FLIP, released code; CLIP)."""
 
     def __init__(self, vocab_size, length, width, depth, num_heads, proj_dim, causal=False, act=F.gelu, eps=1e-6):
         super().__init__()
@@ -366,8 +357,8 @@ def random_masking(noise, mask_ratio: float):
 
 
 def text_masking(noise, ids, mask_ratio: float, kind: str):
-    """noise, ids (B, T) -> kept (B, K) places of a caption, in order. "padding": padding (id 0) goes
-    first; "random": all are alike (section 4.1, "text masking"). The first place is always kept."""
+    """noise, ids (B, T) -> kept (B, K) places of a caption, in order. "padding": padding (id 0) is left out first;
+    "random": any place is as likely (section 4.1, "text masking"). The first place is always kept."""
     noise = noise + (ids == 0) if kind == "padding" else noise.clone()
     noise[:, 0] = -1
     kept, _ = random_masking(noise, mask_ratio)
@@ -421,6 +412,11 @@ def contrastive_loss(image, text, scale):
 
 # ------------------------------------------------------------------------------------------- FLIP
 class FLIP(VisionTransformer):
+    """The image tower (this module) and the text tower (`text`).
+
+    towers "flip": mean of the tokens, text read off the first one; "clip" and "open_clip": class token, causal text
+    read off the end token, a norm before the blocks."""
+
     thrown_away = ("text", "image_proj", "logit_scale", "decoder", "mask_token")    # what is not the encoder
 
     def __init__(self, image_size, patch_size, embed_dim, depth, num_heads, text_width, text_depth, text_heads, proj_dim,
@@ -539,6 +535,81 @@ def multiplications(cfg: Config, mask_ratio: float) -> float:
 def mean_token(model: FLIP):
     """The feature that k-NN compares: the mean of a picture's patch tokens, images -> (B, D)."""
     return lambda images: model.encode(images)[:, 1:].mean(dim=1)
+
+
+# ---------------------------------------------------------------------------------------- training
+def train(cfg: Config) -> dict:
+    """Train and measure both towers; returns the last line of metrics.jsonl. With --zero-shot, only measure."""
+    if cfg.zero_shot:
+        return score_weights(cfg)
+    device = common.start(cfg.seed)
+    tokenizer = Tokenizer(cfg)
+    source = open_source(cfg, tokenizer)
+    data = source.data
+    data.pretrain.transform = common.augment(cfg.image_size, cfg.crop_scale)
+    model = build(cfg).to(device)
+    if cfg.init:
+        state, told = read_weights(cfg.init, cfg.trust)
+        differ = [f"--{name.replace('_', '-')} {told[name]}" for name in ("towers", "text_cls", "num_heads", "text_heads")
+                  if told.get(name, getattr(cfg, name)) != getattr(cfg, name)]
+        if differ:
+            raise common.UserError(f"{cfg.init} is of {', '.join(differ)}")
+        load_weights(model, state, cfg.init)
+    optimizer = torch.optim.AdamW(common.parameter_groups(model, cfg.weight_decay, ("pos_embed", "text.pos_embed")),
+                                  betas=(0.9, 0.95), fused=True)                    # table 10
+    steps_per_epoch, peak_lr = common.plan(cfg, len(data.pretrain))
+    run = common.Run("flip", cfg, model, optimizer, steps_per_epoch)
+    patches = model.grid[0] * model.grid[1]
+    common.say(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters, "
+               f"{int(patches * (1 - cfg.mask_ratio))} of {patches} patches kept: "
+               f"{multiplications(cfg, cfg.mask_ratio) / multiplications(cfg, 0):.2f} of the multiplications")
+    if cfg.compile:
+        model.embed = torch.compile(model.embed)
+    network = DistributedDataParallel(model) if common.world() > 1 else model
+    amp = common.autocast(device, cfg.precision)
+    pictures, texts = examples(source)
+    if pictures is not None:
+        sample = common.sample(pictures, cfg.image_size, len(texts), device), texts, tokenizer.all(texts).to(device)
+    batches = iter(data.pretrain.batches(cfg, run.first, run.last))
+
+    for step in run.steps():
+        lr = common.learning_rate(step, cfg.warmup_epochs * steps_per_epoch, run.total, peak_lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        noise = common.uniform(cfg, step, patches + cfg.text_length, device)     # (parts, B, N + T)
+        parts = [(common.to_device(images, device), ids.to(device, non_blocking=True), noise[part])
+                 for part, (images, ids, *_) in enumerate(itertools.islice(batches, cfg.accumulate))]
+        cached = None
+        if cfg.accumulate > 1:
+            # all pairs of a step are negatives of each other: so first the features of all, without gradient, then each
+            # part once more, with gradient, against the stored ones of the others (GradCache, arXiv 2101.06983)
+            with torch.no_grad(), amp:
+                cached = [torch.stack(features) for features in list(zip(*(model.embed(*part) for part in parts)))[:2]]
+        for part, (images, ids, part_noise) in enumerate(parts):
+            waits = common.world() > 1 and part < cfg.accumulate - 1    # gradients travel once a step
+            with network.no_sync() if waits else contextlib.nullcontext():
+                with amp:
+                    loss, *_ = network(images, ids, part_noise, cached, part)
+                loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, math.log(100))
+        if run.end_step(step, loss.detach(), lr) and common.rank() == 0 and texts:
+            picture(model, *sample, run.folder / "similarity.png")
+
+    if isinstance(data.pretrain, Shards):
+        common.say(f"met in all epochs of this run: {data.pretrain.summary(device)}")
+    encoder = {name: value for name, value in model.state_dict().items() if not name.startswith(model.thrown_away)}
+    metrics = run.finish(encoder, {"pixels": common.shrunk_pixels, "trained": mean_token(model),
+                                   "untrained": mean_token(build(cfg).to(device))}, data,
+                         score(model, source, cfg, tokenizer, device))
+    if cfg.towers != "flip" and cfg.embed_dim == 64 * cfg.num_heads and cfg.text_width == 64 * cfg.text_heads:
+        if common.rank() == 0:                           # of other heads CLIP's names do not tell
+            common.save_whole(to_clip(model), run.folder / "clip.pt")
+        common.say(f"wrote {run.folder}/clip.pt, all weights in CLIP's names")
+    common.say(f"try next: python flip.py --zero-shot {run.folder}/checkpoint.pt --data OTHER_DATA")
+    return metrics
 
 
 # ------------------------------------------------------------------------------------------- text
@@ -721,17 +792,17 @@ class Pairs(common.Pictures):
 class Shards(IterableDataset):
     """Pairs out of tar shards (webdataset), in whole batches: (pictures uint8 (b, 3, S, S), ids (b, T)).
 
-    Each loader process of each training process is a stream, and reads shards of its own, in an order of
-    (seed, epoch); its pairs come out of a buffer of --shuffle in random order. With fewer shards than
-    streams, all read all of them and keep every so-manieth pair. Every pair comes once in an epoch if the
-    streams have equally many; else those that run dry begin again. The streams' batches come in turn, so
-    that a run that goes on, with as many streams, knows how much of the epoch each has given: that is read
-    over undecoded.
+    Each loader process of each training process is a stream: it reads shards of its own, in an order that (seed,
+    epoch) decides, and draws its pairs at random from a buffer of --shuffle pairs. With fewer shards than streams,
+    every stream reads all shards and keeps each n-th pair, n the number of streams. All pairs come once in an epoch
+    if the streams hold equally many and give equally many batches; otherwise some begin again and others do not
+    finish. With --epoch-pairs each epoch draws its shards anew: pairs come equally often on average only. The streams
+    give their batches in turn, so a resumed run with as many streams knows what each has given, and skips it undecoded.
 
-    Members of one sample stand together, with the same name up to its first dot: a picture, and .txt
-    (a caption a line) or .json (caption: a string or a list). Broken pictures are replaced by others of
-    their batch, which are then there twice, and negatives of themselves. What was wrong is counted in
-    `troubles` (streams, kinds), but for a shard cut off between two members: tarfile takes that for its end."""
+    The files of one sample stand next to each other and have the same name up to its first dot: a picture, and .txt
+    (a caption a line) or .json (caption: a string or a list). An unreadable picture is replaced by another pair of
+    the batch, which is then in it twice, a negative of itself. What was wrong is counted in `troubles` (streams,
+    kinds), except a shard that was cut off exactly between two files: tarfile cannot tell it from a whole one."""
 
     KINDS = ("unreadable pictures", "pictures without caption", "captions without picture", "unreadable texts",
              "damaged shards")
@@ -1072,14 +1143,16 @@ def pairs_to_score(where: str, root: str, cfg: Config) -> list:
 def open_source(cfg: Config, tokenizer: Tokenizer) -> Source:
     """What --data names, to train on and to score with, or only to score with (--zero-shot). Raises UserError.
 
-    Retrieval: the pairs of --test-data; else those that a list keeps for testing; else every tenth picture
-    of the list, at most 1,000, which are then not trained on."""
+    Retrieval: the pairs of --test-data; else those that a list keeps for testing; else, in training, every tenth picture
+    of the list, at most 1,000, which are then not trained on; with --zero-shot all pairs of a list, or the first 5,000
+    of shards."""
     pairs = functools.partial(Pairs, tokenizer=tokenizer, seed=cfg.seed)
     training, test, classes = None, [], cfg.data == "shapes" or not is_shards(cfg.data) and not is_listed(cfg.data)
     if cfg.test_data:
         test = pairs_to_score(cfg.test_data, cfg.test_root, cfg)
     elif cfg.zero_shot and not classes:
         test = pairs_to_score(cfg.data, cfg.image_root, cfg)
+        common.say(f"{cfg.data}: if a run was trained on it, only what the list itself keeps for testing was not")
     if classes:
         source = open_shapes(pairs) if cfg.data == "shapes" else open_classes(cfg, pairs)
         return source._replace(retrieval=numbered(pairs, test)) if test else source
@@ -1322,7 +1395,7 @@ def class_features(model: FLIP, prompts, tokenizer: Tokenizer, device):
 
 def recall(similarity, truth, ks=(1, 5, 10)) -> list[float]:
     """similarity (n, m), truth (n, m) bool: in percent, how many rows have one that is true among the k largest."""
-    order = similarity.argsort(dim=1, descending=True)[:, :max(ks)]
+    order = similarity.topk(min(max(ks), similarity.shape[1]), dim=1).indices
     hits = truth.gather(1, order)                                               # (n, at most 10)
     return [100 * hits[:, :k].any(dim=1).float().mean().item() for k in ks]
 
@@ -1334,14 +1407,12 @@ def score(model: FLIP, source: Source, cfg: Config, tokenizer: Tokenizer, device
     if source.labelled is not None:
         images, labels = common.features(model.encode_image, source.labelled, **size)
         logits = images @ class_features(model, source.prompts, tokenizer, device).T           # (n, classes)
-        top = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-        groups = {"": torch.ones_like(labels, dtype=torch.bool)}
+        top = {"": common.top1_top5(logits, labels)}
         if source.held_out is not None:
             held_out = torch.from_numpy(source.held_out).to(device)[labels]
-            groups |= {"_seen": ~held_out, "_held_out": held_out}
-        for name, of in groups.items():
-            found[f"zero_shot{name}"] = 100 * top[of, 0].float().mean().item()
-        found["zero_shot_top5"] = 100 * top.any(dim=1).float().mean().item()
+            for name, of in (("_seen", ~held_out), ("_held_out", held_out)):
+                top[name] = common.top1_top5(logits[of], labels[of])
+        found = {f"zero_shot{name}": both["top1"] for name, both in top.items()} | {"zero_shot_top5": top[""]["top5"]}
         title = lambda name: name.removeprefix("zero_shot").strip("_").replace("_", " ") or "top-1"
         common.say(f"zero-shot, {logits.shape[1]} classes, {len(labels)} pictures, chance {100 / logits.shape[1]:.1f} %: "
                    + ", ".join(f"{title(name)} {value:.1f} %" for name, value in found.items()))
@@ -1358,8 +1429,8 @@ def score(model: FLIP, source: Source, cfg: Config, tokenizer: Tokenizer, device
     return found
 
 
-def examples(source: Source, count: int = 8) -> tuple[common.Pictures, list[str]]:
-    """A few pictures, spread over what is scored (None: nothing is), and a text of each."""
+def examples(source: Source, count: int = 8) -> tuple[common.Pictures | None, list[str]]:
+    """Up to `count` of the pictures that are scored, evenly spread, and a text of each; (None, []) if nothing is."""
     pictures = source.retrieval or source.labelled
     if pictures is None:
         return None, []
@@ -1398,80 +1469,6 @@ def score_weights(cfg: Config) -> dict:
     load_weights(model, state, cfg.zero_shot)
     source = open_source(cfg, tokenizer)
     return score(model.to(device), source, cfg, tokenizer, device)
-
-
-# ---------------------------------------------------------------------------------------- training
-def train(cfg: Config) -> dict:
-    """Train and measure both towers; returns the last line of metrics.jsonl. With --zero-shot, only measure."""
-    if cfg.zero_shot:
-        return score_weights(cfg)
-    device = common.start(cfg.seed)
-    tokenizer = Tokenizer(cfg)
-    source = open_source(cfg, tokenizer)
-    data = source.data
-    data.pretrain.transform = common.augment(cfg.image_size, cfg.crop_scale)
-    model = build(cfg).to(device)
-    if cfg.init:
-        state, told = read_weights(cfg.init, cfg.trust)
-        differ = [f"--{name.replace('_', '-')} {told[name]}" for name in ("towers", "text_cls")
-                  if told.get(name, getattr(cfg, name)) != getattr(cfg, name)]
-        if differ:
-            raise common.UserError(f"{cfg.init} is of {', '.join(differ)}")
-        load_weights(model, state, cfg.init)
-    optimizer = torch.optim.AdamW(common.parameter_groups(model, cfg.weight_decay, ("pos_embed", "text.pos_embed")),
-                                  betas=(0.9, 0.95), fused=True)                    # table 10
-    steps_per_epoch, peak_lr = common.plan(cfg, len(data.pretrain))
-    run = common.Run("flip", cfg, model, optimizer, steps_per_epoch)
-    patches = model.grid[0] * model.grid[1]
-    common.say(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters, "
-               f"{int(patches * (1 - cfg.mask_ratio))} of {patches} patches kept: "
-               f"{multiplications(cfg, cfg.mask_ratio) / multiplications(cfg, 0):.2f} of the multiplications")
-    if cfg.compile:
-        model.embed = torch.compile(model.embed)
-    network = DistributedDataParallel(model) if common.world() > 1 else model
-    amp = common.autocast(device, cfg.precision)
-    pictures, texts = examples(source)
-    if pictures is not None:
-        sample = common.sample(pictures, cfg.image_size, len(texts), device), texts, tokenizer.all(texts).to(device)
-    batches = iter(data.pretrain.batches(cfg, run.first, run.last))
-
-    for step in run.steps():
-        lr = common.learning_rate(step, cfg.warmup_epochs * steps_per_epoch, run.total, peak_lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        noise = common.uniform(cfg, step, patches + cfg.text_length, device)     # (parts, B, N + T)
-        parts = [(common.to_device(images, device), ids.to(device, non_blocking=True), noise[part])
-                 for part, (images, ids, *_) in enumerate(itertools.islice(batches, cfg.accumulate))]
-        cached = None
-        if cfg.accumulate > 1:                           # all of a step are each other's negatives: their features
-            # come first, without gradient, then each part's once more, with it
-            with torch.no_grad(), amp:
-                cached = [torch.stack(features) for features in list(zip(*(model.embed(*part) for part in parts)))[:2]]
-        for part, (images, ids, part_noise) in enumerate(parts):
-            waits = common.world() > 1 and part < cfg.accumulate - 1    # gradients travel once a step
-            with network.no_sync() if waits else contextlib.nullcontext():
-                with amp:
-                    loss, *_ = network(images, ids, part_noise, cached, part)
-                loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        with torch.no_grad():
-            model.logit_scale.clamp_(0, math.log(100))
-        if run.end_step(step, loss.detach(), lr) and common.rank() == 0 and texts:
-            picture(model, *sample, run.folder / "similarity.png")
-
-    if isinstance(data.pretrain, Shards):
-        common.say(f"met in all epochs of this run: {data.pretrain.summary(device)}")
-    encoder = {name: value for name, value in model.state_dict().items() if not name.startswith(model.thrown_away)}
-    metrics = run.finish(encoder, {"pixels": common.shrunk_pixels, "trained": mean_token(model),
-                                   "untrained": mean_token(build(cfg).to(device))}, data,
-                         score(model, source, cfg, tokenizer, device))
-    if cfg.towers != "flip" and cfg.embed_dim == 64 * cfg.num_heads and cfg.text_width == 64 * cfg.text_heads:
-        if common.rank() == 0:                           # of other heads CLIP's names do not tell
-            common.save_whole(to_clip(model), run.folder / "clip.pt")
-        common.say(f"wrote {run.folder}/clip.pt, all weights in CLIP's names")
-    common.say(f"try next: python flip.py --zero-shot {run.folder}/checkpoint.pt --data {cfg.data}")
-    return metrics
 
 
 def main(argv=None) -> dict:

@@ -31,10 +31,11 @@ The parts of equation 1 are settings. Nearly these methods:
     torchrun --nproc_per_node=8 maskdistill.py --data imagenet --data-root /where/imagenet/is
     torchrun --nproc_per_node=8 maskdistill.py --data imagenet --preset imagenet-large      # or imagenet-huge
 
-No code was released. What the paper's text that we had leaves open is decided here: features after CLIP's
-last norm, without its projection; smooth-L1 with beta 1; the encoder and its settings are BEiT v2's, on which
-an author says it is built. `--teacher self` stands in for CLIP where nothing can be downloaded: a small
-ViT that learns the labels of the data first. Labels enter only there.
+No code was released, and of the paper only the abstract, part of the introduction and a caption could be read. Linear
+head, layer normalisation of the target, smooth-L1 (beta 1 in one, 2 in the other) and 40 % are those of two public
+reproductions; encoder and settings are BEiT v2's, on which an author says it is built. Features after CLIP's last
+norm, without its projection, are our choice. `--teacher self` stands in for CLIP where nothing can be downloaded: a
+small ViT that first learns the labels of the data. Labels enter only there.
 """
 
 import argparse
@@ -64,7 +65,7 @@ class Config:
     preset: str = ""              # settings to start from; empty: those of --data, "folder" for a folder
     output: str = ""              # folder of the run; empty: runs/maskdistill-DATA
     teacher: str = "self"         # clip, clip-large, dino, self, hog, pixels, momentum, random, or a file of weights
-    teacher_feature: Literal["post", "raw", "proj"] = "post"  # after or before its last norm, or CLIP's projection
+    teacher_feature: Literal["post", "raw", "proj"] = "post"  # after its last norm, before it, or CLIP's projection
     teacher_epochs: int = 6       # self: passes over the labelled pictures, before the student begins
     teacher_lr: float = 0.016     # self: learning rate for 256 pictures a step
     trust: bool = False           # run the code in a TorchScript file given as --teacher (released CLIP: always)
@@ -73,7 +74,7 @@ class Config:
     beta: float = 1.0             # smooth_l1: quadratic below, linear above
     masking: Literal["block", "random"] = "block"  # hide rectangles or single patches
     mask_ratio: float = 0.4       # share of the patches that is hidden
-    min_block: int = 2            # least area of a hidden rectangle in patches
+    min_block: int = 2            # smallest area of a hidden rectangle, in patches
     student: Literal["dense", "sparse"] = "dense"  # sparse: hidden patches dropped, visible ones scored
     momentum: float = 0.999       # momentum: decay of the average of the student
     model: Literal["micro", "tiny", "small", "base", "large", "huge"] = "micro"  # size of the encoder
@@ -81,14 +82,14 @@ class Config:
     depth: int = 0                # blocks; 0: the model's
     num_heads: int = 0            # attention heads; 0: the model's
     mlp_ratio: float = 4.0        # hidden width of an MLP / D
-    layer_scale: float = 1.0      # what the gains of the branches start with
+    layer_scale: float = 1.0      # first value of the gains of the branches
     drop_path: float = 0.0        # chance to drop the last block's branches; 0 at the first block
     image_size: int = 32          # side of the square input in pixels
     patch_size: int = 8           # side of a patch in pixels
     crop_scale: float = 1.0       # smallest area of the random crop; 1: no crop
     color_jitter: float = 0.0     # strength of random brightness, contrast, saturation
-    batch_size: int = 64          # pictures in a step, all processes and passes together
-    accumulate: int = 1           # passes that make up a step, to save memory
+    batch_size: int = 64          # global batch: pictures in an optimiser step, all processes and passes together
+    accumulate: int = 1           # gradient accumulation: forward-backward passes in a step, to save memory
     epochs: int = 8               # passes over the data
     warmup_epochs: float = 1.0    # epochs of linear warm-up from 0
     base_lr: float = 0.005        # learning rate for 256 pictures a step
@@ -109,7 +110,7 @@ class Config:
         self.output = self.output or f"runs/maskdistill-{Path(self.data).resolve().name}"
         for name, size in zip(("embed_dim", "depth", "num_heads"), SIZES[self.model]):
             setattr(self, name, getattr(self, name) or size)
-        for name, least in dict(patch_size=1, batch_size=1, accumulate=1, epochs=1, teacher_epochs=1, log_every=1,
+        for name, least in dict(embed_dim=1, depth=1, num_heads=1, patch_size=1, batch_size=1, accumulate=1, epochs=1, teacher_epochs=1, log_every=1,
                                 min_block=1, seed=0, workers=0, max_steps=0, save_every=0, knn_pictures=0).items():
             if getattr(self, name) < least:
                 raise common.UserError(f"{name} is {getattr(self, name)}, at least {least} is needed")
@@ -135,7 +136,7 @@ class Config:
 SIZES = {"micro": (64, 2, 4), "tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12),
          "large": (1024, 24, 16), "huge": (1280, 32, 16)}        # width, depth, heads; micro is ours
 
-# teacher: the paper's abstract; mask_ratio: its reproductions; beta: ours; all else: BEiT v2 for 300 epochs
+# teacher: the paper's abstract; normalize, loss, mask_ratio: two public reproductions; beta: one of them; else BEiT v2, 300 epochs
 PAPER = dict(teacher="clip", normalize="ln", loss="smooth_l1", beta=1.0, masking="block", mask_ratio=0.4, min_block=16,
              layer_scale=0.1, drop_path=0.0, image_size=224, patch_size=16, crop_scale=0.2, color_jitter=0.4,
              batch_size=2048, epochs=300, warmup_epochs=10, base_lr=1.5e-3 / 8, min_lr=1e-5, weight_decay=0.05,
@@ -524,7 +525,7 @@ def load_teacher(path: Path, grid: tuple[int, int], feature="post", trust=False)
     if "blocks.0.rel_pos_bias.relative_position_bias_table" in state:
         raise common.UserError(f"{path} is fine-tuned, with a table of positions for each block; take the "
                                "pre-training's checkpoint.pt")
-    other = ("decoder", "mask_token", "head.", "distill_head", "momentum")      # besides the encoder
+    other = ("decoder", "mask_token", "head.", "distill_head", "momentum", "text", "image_proj", "logit_scale")     # no encoder's
     state = {name.replace("fc_norm.", "norm."): value for name, value in state.items() if not name.startswith(other)}
     proj, depth = state.pop("proj", None), len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     if feature == "proj" and proj is None:
@@ -547,7 +548,7 @@ def load_teacher(path: Path, grid: tuple[int, int], feature="post", trust=False)
     except (KeyError, ValueError, RuntimeError) as error:        # a name or a shape that is not a ViT's
         raise common.UserError(f"{path} does not fit: {' '.join(str(error).split())[:300]}") from error
     kind = "OpenAI's CLIP (QuickGELU)" if clip else "ViT"
-    common.say(f"{path}: teacher read as {kind}, width {width}, {depth} blocks, {heads} heads, patch {patch_size}")
+    common.say(f"{path}: teacher read as {kind}, feature {feature}, width {width}, {depth} blocks, {heads} heads, patch {patch_size}")
     return Teacher(vit, *((CLIP_MEAN, CLIP_STD) if clip else (common.MEAN, common.STD)), feature, proj)
 
 

@@ -80,8 +80,8 @@ class Config:
     mixup: float = 0.0            # alpha; 0: none
     cutmix: float = 0.0           # alpha; 0: none
     smoothing: float = 0.0        # of the labels
-    batch_size: int = 50          # pictures in a step, all processes and passes together
-    accumulate: int = 1           # passes that make up a step, to save memory
+    batch_size: int = 50          # global batch: pictures in an optimiser step, all processes and passes together
+    accumulate: int = 1           # gradient accumulation: forward-backward passes in a step, to save memory
     epochs: int = 100             # passes over the data
     warmup_epochs: float = 4.0    # epochs of linear warm-up from 0
     base_lr: float = 0.01         # learning rate for 256 pictures a step
@@ -101,7 +101,8 @@ class Config:
         self.output = self.output or f"runs/supmim-{Path(self.data).resolve().name}"
         for name, size in zip(("embed_dim", "depth", "num_heads"), SIZES[self.model]):
             setattr(self, name, getattr(self, name) or size)
-        for name, least in dict(patch_size=1, batch_size=1, accumulate=1, epochs=1, log_every=1, seed=0, shots=0, codes=2,
+        for name, least in dict(embed_dim=1, depth=1, num_heads=1, decoder_embed_dim=1, decoder_num_heads=1, patch_size=1,
+                                batch_size=1, accumulate=1, epochs=1, log_every=1, seed=0, shots=0, codes=2,
                                 workers=0, max_steps=0, save_every=0, knn_pictures=0, mim_weight=0, decoder_depth=1,
                                 mixup=0, cutmix=0, randaugment=0, drop_path=0, smoothing=0, eval_every=1).items():
             if getattr(self, name) < least:
@@ -543,7 +544,7 @@ def train(cfg: Config) -> dict:
         step_loss = 0.0
         for part, noise in enumerate(common.uniform(cfg, step, patches, device)):
             # of mixing and drop path, in each process its own: with these, N processes are no longer one
-            torch.manual_seed(common.mix(cfg.seed, step, part, common.rank()))
+            torch.manual_seed(common.mix(cfg.seed, step, part, common.rank(), 1))     # 1: not the masks' seed
             images, labels, _ = next(batches)
             images, labels = common.to_device(images, device), labels.to(device, non_blocking=True)
             mixed, labels = mix(images, labels)

@@ -251,7 +251,7 @@ def test_without_the_masked_loss_it_is_the_plain_classifier(photos):
     for step, batch in enumerate(common.Batches(cfg, 40, 0, 5)):
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(step, 4, 12, 0.01 * 10 / 256)
-        torch.manual_seed(common.mix(0, step, 0, 0))
+        torch.manual_seed(common.mix(0, step, 0, 0, 1))
         images, labels, _ = zip(*(train[key] for key in batch))
         images, labels = mix(common.to_device(torch.stack(images), torch.device("cpu")), torch.tensor(labels))
         F.cross_entropy(model.head(model.encode(images)[:, 1:].mean(dim=1)), labels, label_smoothing=0.1).backward()

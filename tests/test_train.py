@@ -223,6 +223,7 @@ def test_unreadable_pictures_in_a_run(photos):
     (["--data=texts"], "no readable picture"),
     (["--data=imagenet"], "--data-root"),
     (["--patch-size=5"], "patch_size 5 does not divide image_size 32"),
+    (["--decoder-num-heads=0"], "decoder_num_heads is 0"), (["--num-heads=-2"], "num_heads is -2"),
     (["--mask-ratio=0.99"], "nothing to see"),
     (["--embed-dim=36", "--num-heads=8"], "num_heads 8 does not divide"),
     (["--embed-dim=66", "--num-heads=2"], "multiples of 4"), (["--accumulate=0"], "at least 1"), (["--workers=-1"], "at least 0"),

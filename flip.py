@@ -608,7 +608,7 @@ def train(cfg: Config) -> dict:
         if common.rank() == 0:                           # of other heads CLIP's names do not tell
             common.save_whole(to_clip(model), run.folder / "clip.pt")
         common.say(f"wrote {run.folder}/clip.pt, all weights in CLIP's names")
-    common.say(f"try next: python flip.py --zero-shot {run.folder}/checkpoint.pt --data OTHER_DATA")
+    common.say(f"try next: python flip.py --zero-shot {run.folder}/checkpoint.pt --data {cfg.data}")
     return metrics
 
 

@@ -26,7 +26,7 @@ B batch, N patches, K kept, M = N - K hidden, D width, E decoder width, P patch 
     torchrun --nproc_per_node=8 mae.py --data imagenet --data-root /where/imagenet/is
 
 Against the released code: the decoder keeps visible tokens first and hidden ones last, each with
-its own position (no un-shuffling), and paints hidden patches only. Every figure is the same.
+its own position (no un-shuffling), and paints hidden patches only. Loss, predictions and gradients are the release's.
 """
 
 import contextlib

@@ -16,6 +16,7 @@ from torch import nn
 
 import common
 import evaluate
+import flip
 import mae
 import maskdistill
 from conftest import ROOT, draw, golden
@@ -164,8 +165,10 @@ def test_checkpoints_of_this_repository_and_dino_are_teachers(photos):   # noqa:
     torch.save(plain.state_dict(), "dino.pth")
     mae.train(mae.Config(data="photos", image_size=16, epochs=1, batch_size=20, output="mae"))
     maskdistill.train(tiny(output="ours"))
+    pairs = flip.Config(data="photos", image_size=16, epochs=1, batch_size=20, output="flip")
+    flip.train(pairs)
     encoders = {"dino.pth": plain, "mae/checkpoint.pt": mae.build(mae.Config(image_size=16)),
-                "ours/checkpoint.pt": maskdistill.build(tiny(), 16)}
+                "ours/checkpoint.pt": maskdistill.build(tiny(), 16), "flip/checkpoint.pt": flip.build(pairs)}
     for path, encoder in encoders.items():
         if "checkpoint" in path:
             encoder.load_state_dict(torch.load(path, weights_only=True)["model"])

@@ -308,13 +308,17 @@ def train(args):
         ratio = statistics.median(a / b for a, b in zip(times[names[0]], times[name]))     # to ours, of FLIP's with whole pictures
         share = statistics.median(shares[name])
         print(f"{name:24}{speed:8.2f}{ratio:9.2f}{flops[name] / 1e9:14.2f}{share:14.0f} %{peaks[name]:26.2f}")
-        if args.results:
-            line = {"method": args.method, "contestant": name, "images_per_s": speed, "ratio": ratio, "gflop_per_image": flops[name] / 1e9,
-                    "share_of_product": share, "peak_gib": peaks[name], "product_gflops": statistics.median(rates) / 1e9,
-                    "seconds": times[name], "model": args.model, "batch": args.batch, "precision": args.precision, "compile": args.compile,
-                    "machine": device_name(args.device), "torch": torch.__version__, "date": datetime.date.today().isoformat()}
-            with open(args.results, "a") as file:
-                file.write(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in line.items()}) + "\n")
+        note(args, method=args.method, contestant=name, images_per_s=speed, ratio=ratio, gflop_per_image=flops[name] / 1e9,
+             share_of_product=share, peak_gib=peaks[name], product_gflops=statistics.median(rates) / 1e9, seconds=times[name],
+             model=args.model, batch=args.batch, precision=args.precision, compile=args.compile)
+
+
+def note(args, **line):
+    """Add a line to --results, numbers to four digits, with machine, torch and date."""
+    if args.results:
+        line |= dict(machine=device_name(args.device), torch=torch.__version__, date=datetime.date.today().isoformat())
+        with open(args.results, "a") as file:
+            file.write(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in line.items()}) + "\n")
 
 
 def peak(args, ratio, batch, pipe):
@@ -370,7 +374,9 @@ def data(args):
                 times[name].append(clock(lambda: [job(i) for i in range(len(big))], "cpu"))
         print(f"{len(big)} JPEGs, {kilobytes[0]:.0f} kB on average, {kilobytes[1]:.0f} shrunk; images/s on one core of {device_name('cpu')}")
         for name, seconds in times.items():
-            print(f"{name:26}{len(big) / statistics.median(seconds):8.0f}")
+            speed = len(big) / statistics.median(seconds)
+            print(f"{name:26}{speed:8.0f}")
+            note(args, method="data", contestant=name, images_per_s=speed, seconds=seconds, kilobytes=kilobytes[1 if "shrunk" in name else 0])
 
 
 def dense_match(tokens, rounds):
@@ -490,7 +496,7 @@ def arguments(argv=None):
     parser.add_argument("--folder", default="", help="pictures for `data` and `features`")
     parser.add_argument("--checkpoint", default="none", help="encoder for `features`")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--results", help="file to which `train` adds a JSON line for each contestant")
+    parser.add_argument("--results", help="file to which `train` and `data` add a JSON line for each contestant")
     parser.add_argument("--contestants", nargs="+", help="of the method's; ours, transformers, ...")
     return parser.parse_args(argv)
 

@@ -176,9 +176,9 @@ def test_benchmark_commands(prepared, monkeypatch, capsys):
     line = json.loads(Path("speed.jsonl").read_text())
     assert float(re.search(r"\nours +([0-9.]+)", capsys.readouterr().out)[1]) == pytest.approx(line["images_per_s"], rel=1e-3, abs=0.01)
     threads = torch.get_num_threads()
-    benchmark.main(["data", "--folder", "train2017", "--rounds", "1"])
+    benchmark.main(["data", "--folder", "train2017", "--rounds", "1", "--results", "data.jsonl"])
     torch.set_num_threads(threads)
-    assert re.search(r"\nours +[1-9]", capsys.readouterr().out)
+    assert re.search(r"\nours +[1-9]", capsys.readouterr().out) and len(open("data.jsonl").readlines()) == 4
 
 
 def test_study_jpegs(in_tmp, monkeypatch):

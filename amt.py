@@ -10,23 +10,24 @@ and made anew every few dozen epochs.
 
     pictures, whole, from time to time         images (B, C, H, W), a crop
       | attention_map: last block,               | patchify
-      | class token to patches                 patches (B, N, P*P*C) --- masked -----> pixel_target -> target (B, M, P*P*C)
-    maps (pictures, N)                           |        |  thrown: nothing                                 |
-      | aligned with the crop and its flip       | visible                                                   |
-    weights (B, N) --- attention_order --------> |                                                           |
-                                                 | patch_embed, + pos_embed, cls_token, blocks, norm         |
-                                               latent (B, 1+K, D)                                          loss
-                                                 | decoder_embed, mask_token for the masked, + positions     |
-                                                 | decoder_blocks, decoder_norm, decoder_pred                |
-                                               prediction (B, M, P*P*C) -------------------------------------+
+      | class token to patches                 patches (B, N, P*P*C) --- masked --> pixel_target -> target (B, M, P*P*C)
+    maps (pictures, N)                           |        |  thrown: nothing                              |
+      | aligned with the crop and its flip       | visible                                                |
+    weights (B, N) --- attention_order --------> |                                                        |
+                                                 | patch_embed, + pos_embed, cls_token, blocks, norm      |
+                                               latent (B, 1+K, D)                                       loss
+                                                 | decoder_embed, mask_token for the masked, + positions  |
+                                                 | decoder_blocks, decoder_norm, decoder_pred             |
+                                               prediction (B, M, P*P*C) ----------------------------------+
 
 B batch, N patches, M masked, K visible, D width, P patch side, C channels.
 Against mae.py: `attention_map`, `aligned`, `attention_order`; thrown patches; the maps, saved with the checkpoint.
 --host simmim: mask tokens go through the encoder, squares of patches are masked, a linear layer predicts, loss l1;
 positions are learned.
 
-    python amt.py                                     # drawn shapes, no download, 93 s on 2 CPU cores; no gain, see tests/results.md
+    python amt.py                                     # drawn shapes, no download, 93 s on 2 CPU cores
         k-NN accuracy, 8 classes, 2000 test pictures: pixels 28.2 %, trained 19.9 %, untrained 19.6 %
+        (of pictures so simple attention hides the whole object: no gain, see tests/results.md)
     python amt.py --weights uniform                   # the control: as many masked and thrown, at random
     python amt.py --throw-ratio 0 --mask-ratio 0.75   # attention, nothing thrown;  --weights uniform: MAE
     python amt.py --host simmim                       # on ImageNet: --preset imagenet-simmim
@@ -67,7 +68,7 @@ class Config:
     weights: Literal["attention", "uniform"] = "attention"  # what the choice of patches follows; uniform: the control
     start_epoch: int = 2          # the first epoch (from 0) of this masking; before it: at random, nothing thrown
     refresh_every: int = 3        # epochs between refreshes of the maps, the first at start_epoch
-    refresh: Literal["periodic", "rolling"] = "periodic"  # all maps at once, or in each epoch as many as make up the same
+    refresh: Literal["periodic", "rolling"] = "periodic"  # all maps at once, or an equal share in each epoch
     map_decay: float = 0.0        # of a map's moving average over refreshes; 0: the newest alone
     init: str = ""                # MAE weights to start from: a released file or a checkpoint of ours
     model: Literal["micro", "tiny", "small", "base", "large", "huge"] = "micro"  # size of the encoder
@@ -106,9 +107,9 @@ class Config:
         self.output = self.output or f"runs/amt-{Path(self.data).resolve().name}"
         for name, size in zip(("embed_dim", "depth", "num_heads"), SIZES[self.model]):
             setattr(self, name, getattr(self, name) or size)
-        for name, least in dict(embed_dim=1, depth=1, num_heads=1, decoder_embed_dim=1, decoder_num_heads=1, patch_size=1,
-                                batch_size=1, accumulate=1, epochs=1, log_every=1, seed=0,
-                                workers=0, max_steps=0, save_every=0, knn_pictures=0, refresh_every=1, start_epoch=0).items():
+        for name, least in dict(embed_dim=1, depth=1, num_heads=1, decoder_embed_dim=1, decoder_num_heads=1,
+                                patch_size=1, batch_size=1, accumulate=1, epochs=1, log_every=1, seed=0, workers=0,
+                                max_steps=0, save_every=0, knn_pictures=0, refresh_every=1, start_epoch=0).items():
             if getattr(self, name) < least:
                 raise common.UserError(f"{name} is {getattr(self, name)}, at least {least} is needed")
         if self.embed_dim % 4 or self.decoder_embed_dim % 4:
@@ -121,16 +122,17 @@ class Config:
         for name, ratio in zip(("mask_ratio", "throw_ratio", "first_mask_ratio"), HOSTS[self.host]):
             setattr(self, name, ratio if getattr(self, name) == -1 else getattr(self, name))
         if self.start_epoch >= self.epochs and self.weights == "attention":
-            raise common.UserError(f"start_epoch {self.start_epoch} is never reached in {self.epochs} epochs; a tenth of them is usual")
+            raise common.UserError(f"start_epoch {self.start_epoch} is never reached in {self.epochs} epochs; "
+                                   "a tenth of them is usual")
         if self.host == "simmim" and (self.mask_unit % self.patch_size or self.image_size % self.mask_unit):
-            raise common.UserError(f"mask_unit {self.mask_unit} must be a multiple of patch_size {self.patch_size} and divide "
-                                   f"image_size {self.image_size}")
+            raise common.UserError(f"mask_unit {self.mask_unit} must be a multiple of patch_size {self.patch_size} "
+                                   f"and divide image_size {self.image_size}")
         units = (self.image_size // (self.mask_unit if self.host == "simmim" else self.patch_size)) ** 2
         for mask, throw in ((self.first_mask_ratio, 0.0), (self.mask_ratio, self.throw_ratio)):
             masked, thrown = counts(units, mask, throw, self.host)
             if masked < 1 or thrown < 0 or masked + thrown >= units:
-                raise common.UserError(f"mask_ratio {mask} and throw_ratio {throw} leave nothing to see or nothing to paint of {units} "
-                                       + ("squares" if self.host == "simmim" else "patches"))
+                raise common.UserError(f"mask_ratio {mask} and throw_ratio {throw} leave nothing to see or nothing to "
+                                       f"paint of {units} {'squares' if self.host == 'simmim' else 'patches'}")
         if not 0 <= self.map_decay <= 0.9:               # beyond it, steps of 1/255 are too coarse to get anywhere
             raise common.UserError(f"map_decay {self.map_decay} must be from 0 to 0.9")
 
@@ -142,7 +144,8 @@ HOSTS = {"mae": (0.45, 0.4, 0.75), "simmim": (0.44, 0.26, 0.44)}      # masked, 
 CODE = dict(image_size=224, patch_size=16, crop_scale=0.2, decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16,
             norm_pix=False, batch_size=4096, epochs=400, warmup_epochs=40, base_lr=1.5e-4, weight_decay=0.05,
             start_epoch=41, refresh_every=40, mask_unit=32, workers=12, knn_pictures=20000)           # released code
-SMALL = CODE | dict(model="tiny", decoder_embed_dim=128, decoder_depth=2, decoder_num_heads=4, batch_size=512, workers=8)  # ours
+SMALL = CODE | dict(model="tiny", decoder_embed_dim=128, decoder_depth=2, decoder_num_heads=4,
+                    batch_size=512, workers=8)                                               # ours
 PRESETS = {
     "shapes": {},                                                         # the defaults above; ours
     "cifar10": SMALL | dict(image_size=32, patch_size=4, mask_unit=8),                       # ours
@@ -151,8 +154,8 @@ PRESETS = {
     "tiny-imagenet": SMALL | dict(image_size=64, patch_size=8, mask_unit=16),                # ours
     "imagenet": CODE | dict(model="base"),
     # code, without its clipping, drop path and least learning rate; the batch is of SimMIM's README
-    "imagenet-simmim": CODE | dict(model="base", host="simmim", crop_scale=0.67, batch_size=2048, epochs=200, warmup_epochs=10,
-                                   base_lr=5e-5),
+    "imagenet-simmim": CODE | dict(model="base", host="simmim", crop_scale=0.67, batch_size=2048, epochs=200,
+                                   warmup_epochs=10, base_lr=5e-5),
     "folder": CODE | dict(model="small", decoder_depth=4, batch_size=256, epochs=100, warmup_epochs=5,
                           start_epoch=10, refresh_every=10),                                 # ours
 }
@@ -488,7 +491,7 @@ class Crop:
             top, left, height, width = (box[side] for side in ("top", "left", "height", "width"))
             picture = self.random.transform(picture, box)
         else:
-            height = width = self.centre.size * min(H, W) / self.centre.resized(min(H, W))     # in pixels of the picture
+            height = width = self.centre.size * min(H, W) / self.centre.resized(min(H, W))    # in pixels of the picture
             top, left, picture = (H - height) / 2, (W - width) / 2, self.centre(picture)
         flipped = torch.rand(1).item() < 0.5
         box = torch.tensor([top / H, left / W, height / H, width / W, float(flipped)])
@@ -511,9 +514,10 @@ def refresh(encode, pictures: common.Pictures, rows, maps, decay: float, cfg: Co
 
     encode: whole images, squeezed to the input's size, -> maps (B, N) of 0 to 1. Unreadable pictures keep theirs."""
     view, numbered = v2.Resize((cfg.image_size, cfg.image_size)), copy.copy(pictures)
-    numbered.labels = np.arange(len(pictures))           # the features come with labels, and without what cannot be read
+    numbered.labels = np.arange(len(pictures))           # features come with labels, and without what cannot be read
+    how = dict(workers=cfg.workers, view=view)
     for chunk in np.array_split(rows, math.ceil(len(rows) / 2 ** 18)):          # fp32 maps of so many on the device
-        new, chunk = common.features(encode, numbered, cfg.image_size, device, workers=cfg.workers, view=view, rows=chunk)
+        new, chunk = common.features(encode, numbered, cfg.image_size, device, rows=chunk, **how)
         maps[chunk] = (255 * (decay * shown(maps[chunk]) + (1 - decay) * new)).round().to(torch.uint8)
 
 
@@ -575,16 +579,17 @@ def train(cfg: Config) -> dict:
     if cfg.init:
         load_weights(model, cfg.init)
     mae = cfg.host == "mae"                              # SimMIM decays neither positions nor class token
-    optimizer = torch.optim.AdamW(common.parameter_groups(model, cfg.weight_decay, () if mae else ("pos_embed", "cls_token")),
-                                  betas=(0.9, 0.95 if mae else 0.999), fused=True)
+    groups = common.parameter_groups(model, cfg.weight_decay, () if mae else ("pos_embed", "cls_token"))
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95 if mae else 0.999), fused=True)
     steps_per_epoch, peak_lr = common.plan(cfg, len(data.pretrain))
     patches = model.grid[0] * model.grid[1]
-    maps = torch.full((len(data.pretrain), patches), 255, dtype=torch.uint8, device=device)       # of the whole pictures
+    maps = torch.full((len(data.pretrain), patches), 255, dtype=torch.uint8, device=device)      # of the whole pictures
     run = common.Run("amt", cfg, model, optimizer, steps_per_epoch, {"maps": maps})
     (first, _), (masked, thrown) = (counts(patches // model.unit ** 2, *ratios, cfg.host)
                                     for ratios in ((cfg.first_mask_ratio, 0.0), model.ratios))
-    common.say(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters; of {patches // model.unit ** 2} patches "
-               f"(or squares) {first} masked at first, from epoch {cfg.start_epoch} on {masked} masked and {thrown} thrown")
+    common.say(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters; of "
+               f"{patches // model.unit ** 2} patches (or squares) {first} masked at first, "
+               f"from epoch {cfg.start_epoch} on {masked} masked and {thrown} thrown")
     objects = None
     if cfg.data == "shapes":
         objects = torch.from_numpy(common.shapes("train", np.arange(len(data.pretrain)))["mask"]).float()
@@ -607,7 +612,7 @@ def train(cfg: Config) -> dict:
         rows = due(cfg, epoch, len(data.pretrain)) if place == 0 else ()
         if len(rows):
             began = time.time()
-            decay = cfg.map_decay if epoch > cfg.start_epoch else 0.0           # there is nothing to average with before
+            decay = cfg.map_decay if epoch > cfg.start_epoch else 0.0          # there is nothing to average with before
             refresh(encode, data.pretrain, rows, maps, decay, cfg, device)
             some = rows[:10_000]                         # enough for a figure
             figures = map_figures(maps[some], None if objects is None else objects[some])
@@ -636,7 +641,8 @@ def train(cfg: Config) -> dict:
         optimizer.step()
         optimizer.zero_grad()
         if run.end_step(step, step_loss, lr) and common.rank() == 0:
-            picture(model, sample, sample_noise, ratios, begun and cfg.weights == "attention", run.folder / "reconstruction.png")
+            attention = begun and cfg.weights == "attention"
+            picture(model, sample, sample_noise, ratios, attention, run.folder / "reconstruction.png")
 
     encoder = {name: value for name, value in model.state_dict().items()
                if not name.startswith(model.thrown_away)}

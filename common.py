@@ -84,14 +84,15 @@ def launched():
     except (UserError, OSError) as error:                # OSError: a disk that is full, a shard without pairs
         if isinstance(error, OSError) or int(os.environ.get("LOCAL_RANK", 0)) == 0:      # maybe this process's alone
             text = str(error).strip() or type(error).__name__
-            tqdm.write(f"error: {text.splitlines()[-1]}", file=sys.stderr)       # before it a loader process's traceback
+            tqdm.write(f"error: {text.splitlines()[-1]}", file=sys.stderr)      # before it a loader process's traceback
         sys.exit(2)
     except KeyboardInterrupt:
         if rank() == 0:
             print("\nstopped; the same command (without --no-resume) goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
     if dist.is_initialized():
-        dist.destroy_process_group()
+        dist.barrier()                                   # meanwhile gloo's thread lets go of its last tensor; else it
+        dist.destroy_process_group()                     # and the destructor may wait for each other (torch 2.6)
 
 
 def start(seed: int) -> torch.device:
@@ -130,7 +131,8 @@ def first_process_first():
 def mix(*numbers: int) -> int:
     """Several numbers -> one 32-bit seed (torch's CPU generator drops the high half of a seed).
 
-    Zeros at the end do not count, mix(1, 2) == mix(1, 2, 0): a second use of the same numbers needs a last one that is not 0."""
+    Zeros at the end do not count, mix(1, 2) == mix(1, 2, 0): a second use of the same numbers needs a last one
+    that is not 0."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
@@ -314,8 +316,9 @@ def decode(data: bytes) -> torch.Tensor:
 
 
 def augment(size: int, scale: float, jitter: float = 0.0, randaugment: int = 0):
-    """Random crop of `scale` to 1 of the area (1: the centre instead), resized to size x size; random flip (both MAE's);
-    brightness, contrast and saturation changed by up to `jitter` (BEiT's); RandAugment of magnitude 0 (none) to 10.
+    """Random crop of `scale` to 1 of the area (1: the centre instead), resized to size x size; random flip (both
+    MAE's); brightness, contrast and saturation changed by up to `jitter` (BEiT's); RandAugment of magnitude 0 (none)
+    to 10.
 
     The magnitude counts 11 bins, so that 9 is 9 tenths of the strongest (27 degrees of rotation), as the
     papers mean it; torchvision's own 31 bins would make it 30 percent."""
@@ -330,9 +333,10 @@ def augment(size: int, scale: float, jitter: float = 0.0, randaugment: int = 0):
 
 
 def mixing(mixup: float, cutmix: float, classes: int):
-    """A function (images, labels) -> (mixed images, soft labels (B, classes)): MixUp or CutMix with these alphas, each half of
-    the time; an alpha of 0 turns one off. Both 0: nothing is changed."""
-    kinds = [kind(alpha=alpha, num_classes=classes) for kind, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha]
+    """A function (images, labels) -> (mixed images, soft labels (B, classes)): MixUp or CutMix with these alphas, each
+    half of the time; an alpha of 0 turns one off. Both 0: nothing is changed."""
+    both = ((v2.MixUp, mixup), (v2.CutMix, cutmix))
+    kinds = [kind(alpha=alpha, num_classes=classes) for kind, alpha in both if alpha]
     return v2.RandomChoice(kinds) if kinds else lambda images, labels: (images, labels)
 
 
@@ -443,7 +447,8 @@ def open_data(name: str, root: str, seed: int = 0) -> Data:
         return Data(train, train, test, list(SHAPES))
     if name in ("cifar10", "cifar100", "stl10"):
         return open_torchvision(name, root, seed)
-    places = {"imagenet": ("imagenet", "ILSVRC/Data/CLS-LOC", ""), "tiny-imagenet": ("tiny-imagenet-200", "tiny-imagenet", "")}
+    places = {"imagenet": ("imagenet", "ILSVRC/Data/CLS-LOC", ""),
+              "tiny-imagenet": ("tiny-imagenet-200", "tiny-imagenet", "")}
     if name not in places:
         return open_folder(Path(name), seed)
     for folder in (Path(root, place) for place in places[name]):
@@ -719,8 +724,8 @@ class Run:
         """Log and save if it is time. Returns whether an epoch ended.
 
         loss: a scalar on the device; it is read only when something is logged or saved, so the host seldom waits.
-        score: () -> {name: figure}, called and logged after every --eval-every epochs (without that flag: after each) and
-            after the last; the result is in `scores` until the next step ends.
+        score: () -> {name: figure}, called and logged after every --eval-every epochs (without that flag: after each)
+            and after the last; the result is in `scores` until the next step ends.
         Raises UserError if a loss or a weight is not finite."""
         done, self.scores = step + 1, None
         self.window.append(loss), self.rates.append(lr)
@@ -768,7 +773,8 @@ class Run:
         broken = data.pretrain.broken.to(self.device, torch.int32)
         if world() > 1:
             dist.all_reduce(broken, dist.ReduceOp.MAX)   # each process met its own
-        result = {"step": max(self.first, self.last), "loss": self.loss, "unreadable": int(broken.sum())} | (scores or {})
+        result = {"step": max(self.first, self.last), "loss": self.loss, "unreadable": int(broken.sum())}
+        result |= scores or {}
         if data.test is not None:
             for name, encode in encoders.items():
                 result[f"knn_{name}"], result[f"recall1_{name}"] = knn_score(encode, data, self.cfg, self.device)

@@ -16,7 +16,8 @@ are compared. How many groups, and by how many rounds of matching, is drawn anew
       | norm, distill_head                                 |
     online (B, N, E) ------------------------------------ loss of the groups' means
 
-B batch, N patches, K kept, S scored (N; K if the student is sparse), D width, E the teacher's width, P patch side, n groups.
+B batch, N patches, K kept, S scored (N; K if the student is sparse), D width, E the teacher's width, P patch side,
+n groups.
 Against maskdistill.py: all tokens are scored, not only the hidden; `draw_schedule`, `match` and `morph_loss`.
 Nothing is added to the network, and nothing is learned by the matching.
 
@@ -30,13 +31,13 @@ With means and groups weighted by size, and any loss but cosine, the morphed los
 loss of the same output (Jensen), by construction: a lower pre-training loss proves nothing. Both are logged.
 
 Algorithm 1 of the paper splits tokens at random, takes means of means, and merges the best of all pairs. The released
-code, our default, splits them by turns, takes means of tokens, and merges a token with its best partner (--split random
---average uniform: as algorithm 1, but for its pairs). How many groups remain is drawn as in the paper; how that is
-spread over the rounds is ours, since equation 1 could not be read. Only `--preset official` does what look like mistakes
-of the released code: it draws how many tokens are merged, never merges the first patch (taken for the class token),
-and gives CLIP pixels normalised for the student. Not done even there: similarities in half precision (rounding changes
-the groups), other draws in each process, steps by the last pass's gradient alone, a learning rate that grows with the
-square root of the batch, 1e-6 in the means, relative positions of each block's own besides the shared ones.
+code, our default, splits them by turns, takes means of tokens, and merges a token with its best partner (--split
+random --average uniform: as algorithm 1, but for its pairs). How many groups remain is drawn as in the paper; how that
+is spread over the rounds is ours, since equation 1 could not be read. Only `--preset official` does what look like
+mistakes of the released code: it draws how many tokens are merged, never merges the first patch (taken for the class
+token), and gives CLIP pixels normalised for the student. Not done even there: similarities in half precision (rounding
+changes the groups), other draws in each process, steps by the last pass's gradient alone, a learning rate that grows
+with the square root of the batch, 1e-6 in the means, relative positions of each block's own besides the shared ones.
 """
 
 import argparse
@@ -68,12 +69,12 @@ class Config:
     preset: str = ""              # settings to start from; empty: those of --data, "folder" for a folder
     output: str = ""              # folder of the run; empty: runs/dtm-DATA
     teacher: str = "self"         # clip, clip-large, dino, self, hog, pixels, momentum, random, or a file of weights
-    teacher_feature: Literal["", "post", "raw", "proj"] = ""  # after its last norm, before it, CLIP's projection; empty: proj for clip, else post
-    teacher_norm: Literal["own", "student"] = "own"  # its pixels normalised as it was trained, or as the student's (released code)
+    teacher_feature: Literal["", "post", "raw", "proj"] = ""  # after, before the last norm; empty: clip proj, else post
+    teacher_norm: Literal["own", "student"] = "own"  # its pixels normalised as in its training, or as the student's
     teacher_epochs: int = 6       # self: passes over the labelled pictures, before the student begins
     teacher_lr: float = 0.016     # self: learning rate for 256 pictures a step
     trust: bool = False           # run the code in a TorchScript file given as --teacher (released CLIP: always)
-    normalize: Literal["ln", "l2", "none"] = "none"  # the target's tokens, before matching: to variance 1, or length sqrt(E)
+    normalize: Literal["ln", "l2", "none"] = "none"  # the target's tokens, to variance 1, or length sqrt(E)
     loss: Literal["smooth_l1", "l2", "l1", "cosine"] = "smooth_l1"  # between the means of groups
     beta: float = 2.0             # smooth_l1: quadratic below, linear above
     morphs: int = 2               # morphings L in a step, each of its own groups; 0: compare token by token
@@ -155,9 +156,9 @@ SIZES = {"micro": (64, 2, 4), "tiny": (192, 12, 3), "small": (384, 12, 6), "base
 
 # the released code's, but BEiT v2's for batch and drop path (left open), warm-up and crop (released: 5 epochs, 0.08)
 PAPER = dict(teacher="clip", normalize="none", loss="smooth_l1", beta=2.0, morphs=2, most_rounds=14,
-             masking="block", mask_ratio=0.383, min_block=16, layer_scale=0.1, drop_path=0.0, image_size=224, patch_size=16,
-             crop_scale=0.2, color_jitter=0.4, batch_size=2048, epochs=300, warmup_epochs=10, base_lr=1.5e-3 / 8,
-             min_lr=1e-5, weight_decay=0.05, clip_grad=3.0, workers=12, knn_pictures=20000)
+             masking="block", mask_ratio=0.383, min_block=16, layer_scale=0.1, drop_path=0.0, image_size=224,
+             patch_size=16, crop_scale=0.2, color_jitter=0.4, batch_size=2048, epochs=300, warmup_epochs=10,
+             base_lr=1.5e-3 / 8, min_lr=1e-5, weight_decay=0.05, clip_grad=3.0, workers=12, knn_pictures=20000)
 SMALL = PAPER | dict(teacher="self", most_rounds=8, teacher_epochs=100, teacher_lr=1e-3, model="tiny", min_block=4,
                      batch_size=1024, workers=8)                                             # ours
 PRESETS = {
@@ -414,9 +415,10 @@ ERRORS = {"smooth_l1": lambda d, beta: F.smooth_l1_loss(d, torch.zeros_like(d), 
 def draw_schedule(tokens: int, most_rounds: int, rng, kind: str = "exact") -> list[int]:
     """How many tokens each round merges, for one morphing: a list of k numbers; rng: random.Random.
 
-    exact: how many groups remain is uniform in 1 ... tokens (as in the paper), the number of rounds in 1 ... most_rounds
-    (or more, where halving each time is too slow); each round merges about equally many (this rule is ours).
-    official: how many are merged is uniform in 0 ... tokens, divided by the rounds and rounded up: usually more merge."""
+    exact: how many groups remain is uniform in 1 ... tokens (as in the paper), the number of rounds in
+    1 ... most_rounds (or more, where halving each time is too slow); each round merges about equally many (this rule
+    is ours). official: how many are merged is uniform in 0 ... tokens, divided by the rounds and rounded up: usually
+    more merge."""
     if kind == "official":
         merged, k = rng.randint(0, tokens), rng.randint(1, most_rounds)
         r = -(-merged // k)
@@ -440,7 +442,8 @@ def match(tokens, rounds: list[int], protect_first=False, average="size", split=
     averaging matrices).
     Returns labels (B, N), the number of each token's group; how many groups n there are; and the
     tokens' weights in their group's mean (B, N), None where they are equal. Similarities are always in fp32 (in half
-    precision they form other groups); the tokens are as exact as the teacher's own precision, bf16 in training on a GPU."""
+    precision they form other groups); the tokens are as exact as the teacher's own precision, bf16 in training on a
+    GPU."""
     B, N, C = tokens.shape
     labels, n = torch.arange(N, device=tokens.device).repeat(B, 1), N
     x = tokens if tokens.dtype == torch.float64 else tokens.float()             # sums: a cosine has no scale
@@ -537,8 +540,9 @@ RELEASED = {                                             # address and SHA-256; 
 CLIP_NAMES = {                                           # OpenAI's vision tower -> timm's names
     "visual.class_embedding": "cls_token", "visual.positional_embedding": "pos_embed", "visual.proj": "proj",
     "visual.conv1.": "patch_embed.proj.", "visual.ln_pre.": "norm_pre.", "visual.ln_post.": "norm.",
-    "visual.transformer.resblocks.": "blocks.", ".ln_1.": ".norm1.", ".ln_2.": ".norm2.", ".attn.in_proj_": ".attn.qkv.",
-    ".attn.out_proj.": ".attn.proj.", ".mlp.c_fc.": ".mlp.fc1.", ".mlp.c_proj.": ".mlp.fc2."}
+    "visual.transformer.resblocks.": "blocks.", ".ln_1.": ".norm1.", ".ln_2.": ".norm2.",
+    ".attn.in_proj_": ".attn.qkv.", ".attn.out_proj.": ".attn.proj.", ".mlp.c_fc.": ".mlp.fc1.",
+    ".mlp.c_proj.": ".mlp.fc2."}
 
 
 class Teacher(nn.Module):
@@ -579,8 +583,8 @@ def download(name: str) -> Path:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(address, str(path), digest, progress=common.rank() == 0)
     except (OSError, RuntimeError) as error:             # no network; another hash
-        raise common.UserError(f"{name} cannot be downloaded ({common.why(error)}); fetch {address} yourself and put it at "
-                               f"{path}, or say with --teacher FILE where it is") from error
+        raise common.UserError(f"{name} cannot be downloaded ({common.why(error)}); fetch {address} yourself and put "
+                               f"it at {path}, or say with --teacher FILE where it is") from error
     return path
 
 
@@ -592,14 +596,16 @@ def read_weights(path: Path, trust: bool) -> dict:
         if zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()):
             known = {digest for _, digest in RELEASED.values()}
             if not trust and hashlib.sha256(path.read_bytes()).hexdigest() not in known:
-                raise common.UserError(f"{path} is TorchScript, a program, and not one that OpenAI published; --trust runs it")
+                raise common.UserError(f"{path} is TorchScript, a program, and not one that OpenAI published; "
+                                       "--trust runs it")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)                  # TorchScript is deprecated
                 return torch.jit.load(str(path), map_location="cpu").state_dict()
         with torch.serialization.safe_globals([argparse.Namespace]):            # in official checkpoints
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise common.UserError(f"no file {path}; --teacher is one of {', '.join(TEACHERS)}, or a file of weights") from error
+        raise common.UserError(f"no file {path}; --teacher is one of {', '.join(TEACHERS)}, "
+                               "or a file of weights") from error
     except common.UserError:
         raise
     except Exception as error:                           # zip, pickle or torch, according to the file
@@ -635,11 +641,13 @@ def load_teacher(path: Path, grid: tuple[int, int], feature="post", trust=False)
     clip = "visual.proj" in state
     state = clip_to_timm(state) if clip else state
     if "patch_embed.proj.weight" not in state:
-        raise common.UserError(f"{path} holds neither CLIP's vision tower nor a ViT in timm's names, but {sorted(state)[:3]}")
+        raise common.UserError(f"{path} holds neither CLIP's vision tower nor a ViT in timm's names, "
+                               f"but {sorted(state)[:3]}")
     if "blocks.0.rel_pos_bias.relative_position_bias_table" in state:
         raise common.UserError(f"{path} is fine-tuned, with a table of positions for each block; take the "
                                "pre-training's checkpoint.pt")
-    other = ("decoder", "mask_token", "head.", "distill_head", "momentum", "text", "image_proj", "logit_scale")     # no encoder's
+    # what is no encoder's
+    other = ("decoder", "mask_token", "head.", "distill_head", "momentum", "text", "image_proj", "logit_scale")
     state = {name.replace("fc_norm.", "norm."): value for name, value in state.items() if not name.startswith(other)}
     proj, depth = state.pop("proj", None), len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     if feature == "proj" and proj is None:
@@ -649,20 +657,23 @@ def load_teacher(path: Path, grid: tuple[int, int], feature="post", trust=False)
         heads = {size[0]: size[2] for name, size in SIZES.items() if name != "micro"}.get(width)
         heads = width // 64 if clip else saved["config"]["num_heads"] if "method" in saved else heads
         if not heads:
-            raise common.UserError(f"{path} does not tell how many heads it has at width {width}; checkpoint.pt of a run does")
+            raise common.UserError(f"{path} does not tell how many heads it has at width {width}; "
+                                   "checkpoint.pt of a run does")
         vit = VisionTransformer(
             tuple(side * patch_size for side in grid), patch_size, width, depth, heads,
             mlp_ratio=len(state["blocks.0.mlp.fc1.bias"]) / width, relative="pos_embed" not in state,
             layer_scale=float("blocks.0.gamma_1" in state), pre_norm=clip, act=quick_gelu if clip else F.gelu,
             eps=1e-5 if clip else 1e-6)
-        for name, resize in (("pos_embed", resize_positions), ("rel_pos_bias.relative_position_bias_table", resize_relative)):
+        for name, resize in (("pos_embed", resize_positions),
+                             ("rel_pos_bias.relative_position_bias_table", resize_relative)):
             if name in state:
                 state[name] = resize(state[name], grid)
         vit.load_state_dict(state)
     except (KeyError, ValueError, RuntimeError) as error:        # a name or a shape that is not a ViT's
         raise common.UserError(f"{path} does not fit: {' '.join(str(error).split())[:300]}") from error
     kind = "OpenAI's CLIP (QuickGELU)" if clip else "ViT"
-    common.say(f"{path}: teacher read as {kind}, feature {feature}, width {width}, {depth} blocks, {heads} heads, patch {patch_size}")
+    common.say(f"{path}: teacher read as {kind}, feature {feature}, width {width}, {depth} blocks, {heads} heads, "
+               f"patch {patch_size}")
     return Teacher(vit, *((CLIP_MEAN, CLIP_STD) if clip else (common.MEAN, common.STD)), feature, proj)
 
 
@@ -850,8 +861,8 @@ def build(cfg: Config, target_dim: int = 1) -> DTM:
                 cfg.mask_ratio, cfg.masking, cfg.min_block, cfg.student, cfg.normalize, cfg.loss, cfg.beta, cfg.split,
                 cfg.average, cfg.group_weight, cfg.protect_first, cfg.token_weight, cfg.layer_scale, cfg.drop_path)
     if cfg.teacher == "momentum":                        # the student's average; in its checkpoint
-        average = VisionTransformer(cfg.image_size, cfg.patch_size, cfg.embed_dim, cfg.depth, cfg.num_heads, cfg.mlp_ratio,
-                                    cfg.student == "dense", cfg.layer_scale)
+        average = VisionTransformer(cfg.image_size, cfg.patch_size, cfg.embed_dim, cfg.depth, cfg.num_heads,
+                                    cfg.mlp_ratio, cfg.student == "dense", cfg.layer_scale)
         average.load_state_dict({name: model.state_dict()[name] for name in average.state_dict()})
         model.momentum = Teacher(average, feature="blocks")
     return model
@@ -892,7 +903,8 @@ def picture(model: DTM, teacher, images, noise, rounds, path):
     patches, (kept, hidden) = patchify(images, model.patch_size), model.masks(noise)
     rows = lambda index: index.unsqueeze(-1).expand(-1, -1, patches.shape[-1])
     scored = torch.arange(patches.shape[1], device=images.device).expand(len(images), -1) if model.dense else kept
-    cold, warm = (flat(torch.tensor(c, device=images.device), model.patch_size) for c in ((30, 30, 110), (255, 230, 60)))
+    colours = torch.tensor([(30, 30, 110), (255, 230, 60)], device=images.device)
+    cold, warm = (flat(colour, model.patch_size) for colour in colours)
     palette = torch.randint(0, 256, (n, 3), generator=torch.Generator().manual_seed(0)).to(images.device)
     alone = take(gathered(torch.ones_like(cosine), labels, n), labels) == 1     # (B, S, 1)
     mine = take(patches, scored)
@@ -995,7 +1007,8 @@ def train(cfg: Config) -> dict:
     if isinstance(teacher, Teacher):
         everything = torch.arange(patches, device=device)
         encoders["teacher"] = lambda images: teacher(images, everything.expand(len(images), -1)).mean(dim=1)
-    common.say("on 64 pictures: " + ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in score().items()))
+    shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in score().items())
+    common.say(f"on 64 pictures: {shown}")
     metrics = run.finish(encoder, encoders, data)
     common.say(f"try next: python evaluate.py linear --checkpoint {run.folder}/checkpoint.pt --data {cfg.data}")
     return metrics

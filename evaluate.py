@@ -100,7 +100,7 @@ class Config:
     cutmix: float = 0.0           # alpha; 0: none
     smoothing: float = 0.0        # of the labels
     ema: float = 0.0              # finetune: decay of averaged weights, scored beside the last; 0: none
-    eval_every: int = 1           # attentive, finetune: epochs between scores of the test pictures, besides one at the end
+    eval_every: int = 1           # attentive, finetune: epochs between scores of the test pictures; also at the end
     seed: int = 0                 # decides order, crops, drops, and the subset of --shots and --percent
     workers: int = 0              # loader processes for each training process; 0: none
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the matrix products; auto: bf16 on a GPU
@@ -112,20 +112,22 @@ class Config:
 
     def __post_init__(self):
         source, data = Path(self.checkpoint).resolve(), Path(self.data).resolve().name
-        runs = {stem: source.parent.name for stem in ("checkpoint", "checkpoint.previous", "encoder", "finetuned", "classifier")}
-        name = (runs | {"finetuned-ema": f"{source.parent.name}-ema"}).get(source.stem, source.stem)
+        stems = ("checkpoint", "checkpoint.previous", "encoder", "finetuned", "classifier")
+        runs = dict.fromkeys(stems, source.parent.name) | {"finetuned-ema": f"{source.parent.name}-ema"}
+        name = runs.get(source.stem, source.stem)
         self.output = self.output or f"runs/{self.protocol}-{name.removesuffix('-' + data)}-{data}"
         share, many = (0, 1), (0, np.inf)
         for limits, names in {
-                many: ("embed_dim", "depth", "num_heads", "image_size", "patch_size", "shots", "stride", "warmup_epochs",
-                       "base_lr", "min_lr", "weight_decay", "layer_decay", "mixup", "cutmix", "seed", "workers", "max_steps",
-                       "save_every", "num_classes"),
+                many: ("embed_dim", "depth", "num_heads", "image_size", "patch_size", "shots", "stride",
+                       "warmup_epochs", "base_lr", "min_lr", "weight_decay", "layer_decay", "mixup", "cutmix", "seed",
+                       "workers", "max_steps", "save_every", "num_classes"),
                 share: ("beta2", "drop_path", "crop_scale", "erasing", "smoothing", "ema"),
                 (1, np.inf): ("batch_size", "accumulate", "epochs", "log_every", "eval_every"),
                 (0, 100): ("percent",), (0, 10): ("randaugment",)}.items():
             for name in names:
                 if not limits[0] <= getattr(self, name) <= limits[1]:
-                    raise common.UserError(f"{name} is {getattr(self, name)}, it must be from {limits[0]} to {limits[1]}")
+                    raise common.UserError(f"{name} is {getattr(self, name)}, "
+                                           f"it must be from {limits[0]} to {limits[1]}")
         if self.shots and self.percent < 100:
             raise common.UserError("--shots and --percent exclude each other")
         if (self.shots or self.percent < 100) and self.protocol in ("retrieval", "segment"):
@@ -150,8 +152,8 @@ PRESETS = {
     "linear": {"shapes": CACHED, "folder": CACHED | dict(workers=4),
                "imagenet": dict(cached=False, features="cls", batch_size=16384, epochs=90, warmup_epochs=10,
                                 base_lr=0.1, crop_scale=0.08, workers=12)},                 # MAE, table 10
-    "attentive": {"shapes": ATTENTIVE | dict(epochs=8, base_lr=0.04, crop_scale=1.0), "folder": ATTENTIVE | dict(workers=4),
-                  "imagenet": ATTENTIVE | dict(batch_size=1024, workers=12)},
+    "attentive": {"shapes": ATTENTIVE | dict(epochs=8, base_lr=0.04, crop_scale=1.0),
+                  "folder": ATTENTIVE | dict(workers=4), "imagenet": ATTENTIVE | dict(batch_size=1024, workers=12)},
     "finetune": {"shapes": dict(batch_size=64, epochs=5, warmup_epochs=1, base_lr=8e-3, weight_decay=0.05,
                                 layer_decay=0.75),                                            # ours
                  "folder": FINETUNE | dict(batch_size=256, layer_decay=0.75, crop_scale=0.35, workers=4),     # ours
@@ -162,7 +164,8 @@ PRESETS = {
                                                      min_lr=0.0, weight_decay=0.3, beta2=0.95, layer_decay=1.0,
                                                      erasing=0.0, ema=0.9999),                # MAE, table 11
                  "imagenet-amt": FINETUNE | dict(base_lr=1e-3, layer_decay=0.75),             # its release
-                 "imagenet-flip": FINETUNE | dict(base_lr=5e-5, epochs=50, layer_decay=0.75, drop_path=0.2),     # table 12, L
+                 "imagenet-flip": FINETUNE | dict(base_lr=5e-5, epochs=50, layer_decay=0.75,
+                                                  drop_path=0.2),                             # FLIP, table 12, L
                  "imagenet-maskdistill": DISTILLED, "imagenet-dtm": DISTILLED,
                  "imagenet-maskdistill-large": DISTILLED | dict(epochs=50, warmup_epochs=5, layer_decay=0.8,
                                                                 drop_path=0.2)},
@@ -212,7 +215,8 @@ def load_encoder(cfg: Config):
     elif "patch_embed.proj.weight" in state and any(map(table_grid, state.items())):
         patch_size, side = state["patch_embed.proj.weight"].shape[-1], max(map(table_grid, state.items()))
         settings = script.PRESETS["imagenet"] | dict(patch_size=patch_size, image_size=patch_size * round(side))
-        told = dict(student="sparse" if "pos_embed" in state else "dense", layer_scale=float("blocks.0.gamma_1" in state))
+        told = dict(student="sparse" if "pos_embed" in state else "dense",
+                    layer_scale=float("blocks.0.gamma_1" in state))
         settings |= {name: value for name, value in told.items() if name in {f.name for f in fields(script.Config)}}
     elif state:
         raise common.UserError(f"{cfg.checkpoint} holds no Vision Transformer in timm's names, but {sorted(state)[:3]}")
@@ -236,13 +240,16 @@ def load_encoder(cfg: Config):
             if name in own and side and side == round(side) and own[name].shape != value.shape:
                 resize = script.resize_positions if name == "pos_embed" else script.resize_relative
                 state[name] = resize(value, model.grid)
-                common.say(f"{name} of {round(side) ** 2} patches resized to {model.grid[0]} x {model.grid[1]} (bicubic)")
+                common.say(f"{name} of {round(side) ** 2} patches resized to {model.grid[0]} x {model.grid[1]} "
+                           "(bicubic)")
         misfits = {name for name in own.keys() & state.keys() if own[name].shape != state[name].shape}
         if missing or misfits or strange:
-            raise common.UserError(f"{cfg.checkpoint} does not fit: missing {listed(missing)}, unexpected {listed(strange)}, "
-                                   f"of another size {listed(misfits)}; check --method, --model and --patch-size")
+            raise common.UserError(f"{cfg.checkpoint} does not fit: missing {listed(missing)}, unexpected "
+                                   f"{listed(strange)}, of another size {listed(misfits)}; "
+                                   "check --method, --model and --patch-size")
         model.load_state_dict({name: state[name] for name in own})
-        common.say(f"{cfg.checkpoint}: {len(own)} tensors of the encoder loaded, missing none, left out {listed(extra)}")
+        common.say(f"{cfg.checkpoint}: {len(own)} tensors of the encoder loaded, missing none, "
+                   f"left out {listed(extra)}")
     else:
         common.say("checkpoint none: the encoder is untrained")
     return model, extra, {"method": method, "config": asdict(config)}
@@ -319,7 +326,8 @@ def ranking(features, labels):
         hits = (labels[order] == labels[rows, None]).float()                    # (b, n - 1)
         precision = hits.cumsum(dim=1) / torch.arange(1, hits.shape[1] + 1, device=hits.device)
         total = hits.sum(dim=1)
-        scores = [hits[:, :1].sum(dim=1), hits[:, :5].sum(dim=1).clamp(max=1), (precision * hits).sum(dim=1) / total.clamp(min=1)]
+        scores = [hits[:, :1].sum(dim=1), hits[:, :5].sum(dim=1).clamp(max=1),
+                  (precision * hits).sum(dim=1) / total.clamp(min=1)]
         found.append(torch.stack(scores, dim=1)[total > 0])
     if not len(torch.cat(found)):
         raise common.UserError("no two test pictures are of one class: nothing can be retrieved")
@@ -604,7 +612,8 @@ def open_masked(cfg: Config) -> tuple[Masked, Masked, list]:
         del x[9::10], y[9::10]
     if not u:
         raise common.UserError(f"{top}: {len(x)} pictures with masks are too few to keep a tenth for testing")
-    train, test = (Masked(*files, 150 if ade else cfg.num_classes or IGNORE, cfg.seed, ade) for files in ((x, y), (u, z)))
+    classes = 150 if ade else cfg.num_classes or IGNORE
+    train, test = Masked(x, y, classes, cfg.seed, ade), Masked(u, z, classes, cfg.seed, ade)
     if not ade and not cfg.num_classes:
         highest, both = 0, [(part, i) for part in (train, test) for i in range(len(part))]
         for part, i in tqdm(both, "classes", leave=False, disable=None if common.rank() == 0 else True):
@@ -762,8 +771,9 @@ def linear_sweep(cfg: Config, encoder, device, data) -> dict:
                  for rows, labels in zip(x[held].split(1000), y[held].split(1000))]
         best = int(sum(right).argmax()) if held.any() else len(RATES) // 2
         scores = common.top1_top5(torch.cat([heads(rows)[:, 1, best] for rows in u.split(1000)]), z)
-    common.say(f"learning rate {peak_lr * RATES[best]:.3g} was chosen, {100 * int(sum(right)[best]) / int(held.sum()):.1f} % "
-               "of the held-out pictures" if held.any() else "one picture a class: the middle learning rate was taken")
+    common.say(f"learning rate {peak_lr * RATES[best]:.3g} was chosen, "
+               f"{100 * int(sum(right)[best]) / int(held.sum()):.1f} % of the held-out pictures"
+               if held.any() else "one picture a class: the middle learning rate was taken")
     return scores | {"chosen_lr": peak_lr * RATES[best]}
 
 
@@ -920,7 +930,8 @@ def evaluate(cfg: Config) -> dict:
     torch.manual_seed(cfg.seed)                          # building the encoder took the checkpoint's seed
     encoder.to(device).eval()
     common.say(f"encoder of {about['method']}: {sum(p.numel() for p in encoder.parameters()):,} parameters, "
-               f"{about['config']['num_heads']} heads, input {cfg.image_size} pixels, {encoder.grid[0] * encoder.grid[1]} patches")
+               f"{about['config']['num_heads']} heads, input {cfg.image_size} pixels, "
+               f"{encoder.grid[0] * encoder.grid[1]} patches")
     if common.rank() == 0:
         Path(cfg.output).mkdir(parents=True, exist_ok=True)
     if cfg.protocol == "segment":

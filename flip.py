@@ -2,8 +2,8 @@
 
 CLIP, but a random half of each picture's patches is left out before the image tower, and nothing is put in its place.
 The two towers learn features whose cosine is high for a picture and its own caption, and low for the other captions of
-the batch. Half the patches cost about half as much: the same time buys more pairs, in larger batches. What is scored are
-whole pictures, if wanted after a little more training with them ("unmasked tuning": shapes-tune, laion-tune).
+the batch. Half the patches cost about half as much: the same time buys more pairs, in larger batches. What is scored
+are whole pictures, if wanted after a little more training with them ("unmasked tuning": shapes-tune, laion-tune).
 
     loss = 1/2 mean over the G pairs of the batch of [CE(s Z W^T, i) + CE(s W Z^T, i)],   CE: cross-entropy with class i
            Z, W (G, E): the features of pictures and captions, of length 1;  s <= 100: learned
@@ -19,7 +19,8 @@ whole pictures, if wanted after a little more training with them ("unmasked tuni
       +--------------------- gathered ---------------------+
                image (G, E), text (G, E): loss
 
-B pairs of this process, G of all processes, N patches, K kept, D width, P patch side, T ids of a caption, E shared width.
+B pairs of this process, G of all processes, N patches, K kept, D width, P patch side, T ids of a caption, E shared
+width.
 Against mae.py: no decoder; a text tower; pictures with captions; negatives from all processes.
 
     python flip.py                                    # drawn shapes, no download, 102 s on 2 CPU cores:
@@ -27,7 +28,7 @@ Against mae.py: no decoder; a text tower; pictures with captions; negatives from
     python flip.py --preset shapes-tune --init runs/flip-shapes/checkpoint.pt       # a little more, with whole pictures
     python flip.py --zero-shot runs/flip-shapes/checkpoint.pt
     python flip.py --zero-shot ViT-B-16.pt --trust --towers clip --vocab bpe_simple_vocab_16e6.txt.gz --data imagenet
-    torchrun --nproc_per_node=8 flip.py --preset laion --data 'shards/{00000..41407}.tar' --vocab vocab.txt --accumulate 8
+    torchrun --nproc_per_node=8 flip.py --preset laion --data 'shards/{00000..41407}.tar' --vocab vocab.txt
 
 As in the released code, though the paper does not say so: positions of the image tower are fixed sines and cosines, the
 mean includes the class token, the text tower reads padding, pictures are flipped. Unlike the released code: a caption's
@@ -79,7 +80,7 @@ class Config:
     data: str = "shapes"          # shapes; a .csv, .tsv or .json of pairs; tar shards; a folder; cifar10, imagenet, ...
     data_root: str = "data"       # where the named data sets are, or are downloaded to
     image_root: str = ""          # what relative paths in a .csv, .tsv or .json start from; empty: its folder
-    test_data: str = ""           # pairs, as in --data, for retrieval at the end; empty: a part of --data, of shards nothing
+    test_data: str = ""           # pairs, as in --data, for retrieval at the end; empty: part of --data, of shards none
     test_root: str = ""           # what relative paths in --test-data start from; empty: its folder
     preset: str = ""              # settings to start from; empty: those of --data, "folder" for others
     output: str = ""              # folder of the run; empty: runs/flip-DATA, with -tuned after --init
@@ -92,7 +93,7 @@ class Config:
     towers: Literal["flip", "clip", "open_clip"] = "flip"  # the paper's; OpenAI's; OpenAI's with exact GELU
     mask_ratio: float = 0.5       # share of the patches that is left out
     text_mask_ratio: float = 0.0  # share of the ids that is left out
-    text_mask: Literal["padding", "random"] = "padding"  # padding: padding is left out first; random: any id is as likely
+    text_mask: Literal["padding", "random"] = "padding"  # padding: it is left out first; random: any id is as likely
     reconstruction: float = 0.0   # weight of MAE's loss, added to the contrastive one (decoder of one block); 0: none
     model: Literal["micro", "tiny", "small", "base", "large", "huge"] = "micro"  # size of both towers
     embed_dim: int = 0            # width D of the image tower; 0: the model's
@@ -147,12 +148,15 @@ class Config:
             raise common.UserError("embed_dim must be a multiple of 4, with --reconstruction of 8")
         patches = (self.image_size // self.patch_size) ** 2
         if not 0 < int(patches * (1 - self.mask_ratio)) <= patches:
-            raise common.UserError(f"mask_ratio {self.mask_ratio} leaves nothing to see of {patches} patches, or is below 0")
+            raise common.UserError(f"mask_ratio {self.mask_ratio} leaves nothing to see of {patches} patches, "
+                                   "or is below 0")
         if not 0 < int(self.text_length * (1 - self.text_mask_ratio)) <= self.text_length:
-            raise common.UserError(f"text_mask_ratio {self.text_mask_ratio} leaves nothing of {self.text_length} ids, or is below 0")
+            raise common.UserError(f"text_mask_ratio {self.text_mask_ratio} leaves nothing of {self.text_length} ids, "
+                                   "or is below 0")
         if self.towers != "flip" and (self.text_mask_ratio or not self.text_cls or self.vocab.endswith(".txt")):
             raise common.UserError("the towers of CLIP read a caption off its end token: no --text-mask-ratio, no "
-                                   "--no-text-cls, and a vocabulary whose end token is the largest id (bytes, byte pairs)")
+                                   "--no-text-cls, and a vocabulary whose end token is the largest id "
+                                   "(bytes, byte pairs)")
         if self.reconstruction and (self.accumulate > 1 or not self.mask_ratio):
             raise common.UserError("reconstruction needs hidden patches, and --accumulate 1")
 
@@ -165,7 +169,7 @@ SIZES = {"micro": (64, 2, 4, 64, 2, 2, 64), "tiny": (192, 12, 3, 192, 6, 3, 192)
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
-PAPER = dict(image_size=224, patch_size=16, crop_scale=0.5, mask_ratio=0.5, weight_decay=0.2,       # table 10; crop: code
+PAPER = dict(image_size=224, patch_size=16, crop_scale=0.5, mask_ratio=0.5, weight_decay=0.2,     # table 10; crop: code
              workers=12, knn_pictures=20000)
 SMALL = PAPER | dict(model="tiny", batch_size=1024, epochs=100, warmup_epochs=5, base_lr=2.5e-4, workers=8)  # ours
 PRESETS = {
@@ -177,13 +181,14 @@ PRESETS = {
     "tiny-imagenet": SMALL | dict(image_size=64, patch_size=8),                              # ours
     "imagenet": PAPER | dict(model="base", batch_size=4096, epochs=30, warmup_epochs=2, base_lr=6.25e-5),   # ours
     # table 10: 12.8 billion pairs, 51.2 million of warm-up; 128 and 25.6 million; in epochs of four million
-    "laion": PAPER | dict(model="base", batch_size=65536, epoch_pairs=4_194_304, epochs=3052, warmup_epochs=12.2, base_lr=4e-6),
+    "laion": PAPER | dict(model="base", batch_size=65536, epoch_pairs=4_194_304, epochs=3052, warmup_epochs=12.2,
+                          base_lr=4e-6),
     "laion-tune": PAPER | dict(model="base", mask_ratio=0.0, batch_size=65536, epoch_pairs=4_000_000, epochs=32,
                                warmup_epochs=6.4, base_lr=4e-8),
     "folder": PAPER | dict(model="small", batch_size=1024, epochs=30, warmup_epochs=2, base_lr=2.5e-4),     # ours
 }
 TEMPLATES = ("itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.",
-             "a {} in a video game.", "art of the {}.", "a photo of the small {}.")      # section 4.2, CLIP's best seven
+             "a {} in a video game.", "art of the {}.", "a photo of the small {}.")     # section 4.2, CLIP's best seven
 
 
 # ---------------------- Vision Transformer (mae.py's, with what CLIP's towers need besides)
@@ -322,8 +327,8 @@ def resize_positions(table, grid: tuple[int, int]):
 
 
 class TextTower(nn.Module):
-    """ids (B, T) -> features (B, E), not yet normalised, read off the first token or, if causal, off the end token, whose id is
-    the largest; padding is attended to (FLIP, released code; CLIP)."""
+    """ids (B, T) -> features (B, E), not yet normalised, read off the first token or, if causal, off the end token,
+    whose id is the largest; padding is attended to (FLIP, released code; CLIP)."""
 
     def __init__(self, vocab_size, length, width, depth, num_heads, proj_dim, causal=False, act=F.gelu, eps=1e-6):
         super().__init__()
@@ -419,8 +424,8 @@ class FLIP(VisionTransformer):
 
     thrown_away = ("text", "image_proj", "logit_scale", "decoder", "mask_token")    # what is not the encoder
 
-    def __init__(self, image_size, patch_size, embed_dim, depth, num_heads, text_width, text_depth, text_heads, proj_dim,
-                 vocab_size, text_length, mlp_ratio=4.0, mask_ratio=0.5, towers="flip", text_mask_ratio=0.0,
+    def __init__(self, image_size, patch_size, embed_dim, depth, num_heads, text_width, text_depth, text_heads,
+                 proj_dim, vocab_size, text_length, mlp_ratio=4.0, mask_ratio=0.5, towers="flip", text_mask_ratio=0.0,
                  text_mask="padding", reconstruction=0.0):
         act, eps = {"flip": (F.gelu, 1e-6), "clip": (quick_gelu, 1e-5), "open_clip": (F.gelu, 1e-5)}[towers]
         clip = towers != "flip"
@@ -550,7 +555,8 @@ def train(cfg: Config) -> dict:
     model = build(cfg).to(device)
     if cfg.init:
         state, told = read_weights(cfg.init, cfg.trust)
-        differ = [f"--{name.replace('_', '-')} {told[name]}" for name in ("towers", "text_cls", "num_heads", "text_heads")
+        names = ("towers", "text_cls", "num_heads", "text_heads")
+        differ = [f"--{name.replace('_', '-')} {told[name]}" for name in names
                   if told.get(name, getattr(cfg, name)) != getattr(cfg, name)]
         if differ:
             raise common.UserError(f"{cfg.init} is of {', '.join(differ)}")
@@ -816,7 +822,8 @@ class Shards(IterableDataset):
         self.pairs = cfg.epoch_pairs or count_pairs(files)
         if not self.pairs:
             raise common.UserError(f"no pair of picture and caption in {', '.join(files[:3])}")
-        self.troubles = torch.zeros(common.world() * max(1, cfg.workers), len(self.KINDS), dtype=torch.int64).share_memory_()
+        streams = common.world() * max(1, cfg.workers)
+        self.troubles = torch.zeros(streams, len(self.KINDS), dtype=torch.int64).share_memory_()
 
     @property
     def broken(self):
@@ -949,8 +956,9 @@ def expand(pattern: str) -> list[str]:
         number = re.search(r"\{(\d+)\.\.(\d+)\}", part)
         if number:
             low, high = number.groups()
-            names = [f"{part[:number.start()]}{i:0{len(low)}}{part[number.end():]}" for i in range(int(low), int(high) + 1)]
-            found += [name for p in names for name in expand(p)]
+            before, after = part[:number.start()], part[number.end():]
+            for i in range(int(low), int(high) + 1):
+                found += expand(f"{before}{i:0{len(low)}}{after}")
         else:
             found += tars_in(Path(part)) or sorted(glob.glob(part)) or [part]
     return found
@@ -967,7 +975,8 @@ def count_pairs(files: list[str]) -> int:
         try:
             return {name: int(count) for name, count in json.loads((folder / "sizes.json").read_text()).items()}
         except (ValueError, TypeError, AttributeError) as error:
-            raise common.UserError(f"{folder}/sizes.json is not {{name: number of pairs}}: {common.why(error)}") from error
+            raise common.UserError(f"{folder}/sizes.json is not {{name: number of pairs}}: "
+                                   f"{common.why(error)}") from error
 
     count = [0]
     for file in map(Path, tqdm(files, "counting", disable=None, leave=False) if common.rank() == 0 else ()):
@@ -1082,7 +1091,8 @@ def table_rows(path: Path):
 
 
 def column_rows(rows, names):
-    picture, text = (next((name for name in names if name and name.lower().strip() in known), None) for known in COLUMNS)
+    picture, text = (next((name for name in names if name and name.lower().strip() in known), None)
+                     for known in COLUMNS)
     if not picture or not text:
         raise ValueError(f"it has the columns {list(names)}; one of {COLUMNS[0]} and one of {COLUMNS[1]} are needed")
     return ((row.get(picture), row.get(text)) for row in rows)
@@ -1143,9 +1153,9 @@ def pairs_to_score(where: str, root: str, cfg: Config) -> list:
 def open_source(cfg: Config, tokenizer: Tokenizer) -> Source:
     """What --data names, to train on and to score with, or only to score with (--zero-shot). Raises UserError.
 
-    Retrieval: the pairs of --test-data; else those that a list keeps for testing; else, in training, every tenth picture
-    of the list, at most 1,000, which are then not trained on; with --zero-shot all pairs of a list, or the first 5,000
-    of shards."""
+    Retrieval: the pairs of --test-data; else those that a list keeps for testing; else, in training, every tenth
+    picture of the list, at most 1,000, which are then not trained on; with --zero-shot all pairs of a list, or the
+    first 5,000 of shards."""
     pairs = functools.partial(Pairs, tokenizer=tokenizer, seed=cfg.seed)
     training, test, classes = None, [], cfg.data == "shapes" or not is_shards(cfg.data) and not is_listed(cfg.data)
     if cfg.test_data:
@@ -1191,10 +1201,10 @@ def open_classes(cfg: Config, pairs) -> Source:
             raise common.UserError(f"--templates {cfg.templates}: one prompt a line, each with {{}} for the class")
     prompts = [[template.replace("{}", name) for template in templates] for name in names]
     least = math.log(1 + (cfg.batch_size - 1) / len(names))
-    common.say(f"captions: {len(templates)} templates x {len(names)} classes, e.g. {prompts[0][0]!r}. Pictures of one class are "
-               f"each other's negatives in a batch: the loss stays above about {least:.2f}")
+    common.say(f"captions: {len(templates)} templates x {len(names)} classes, e.g. {prompts[0][0]!r}. Pictures of one "
+               f"class are each other's negatives in a batch: the loss stays above about {least:.2f}")
     training = pairs(data.train.source, prompts, labels=data.train.labels, by_label=True)
-    unsplit = len(data.pretrain) == len(data.train) + len(data.test)            # no val/: part of train/ is the test set
+    unsplit = len(data.pretrain) == len(data.train) + len(data.test)           # no val/: part of train/ is the test set
     labelled = data.pretrain if cfg.zero_shot and unsplit else data.test
     return Source(data._replace(pretrain=training), None, labelled, prompts)
 
@@ -1205,8 +1215,8 @@ def class_names(cfg: Config, folders: list[str]) -> list[str]:
         if len(folders) == 1000 and folders[0] == "n01440764":
             return ResNet50_Weights.DEFAULT.meta["categories"]   # in the order of the folders' numbers
         if all(re.fullmatch(r"n\d{8}", folder) for folder in folders):
-            raise common.UserError(f"the classes are WordNet's numbers ({folders[0]}, ...): --classnames says what they "
-                                   "are called (Tiny ImageNet's words.txt will do)")
+            raise common.UserError(f"the classes are WordNet's numbers ({folders[0]}, ...): --classnames says what "
+                                   "they are called (Tiny ImageNet's words.txt will do)")
         return [folder.replace("_", " ") for folder in folders]
     text = read_text(cfg.classnames)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -1240,8 +1250,8 @@ def open_shapes(pairs) -> Source:
     one_each = np.unique(test["pair"], return_index=True)[1]
     of = lambda s, rows: (torch.from_numpy(s["picture"][rows]), [[str(text)] for text in s["caption"][rows]])
     knn = (common.Pictures(torch.from_numpy(s["picture"]), s["shape"]) for s in (train, test))
-    prompts = [[text.format(a="an" if colour == "orange" else "a", colour=colour, shape=shape) for text in common.CAPTIONS]
-               for colour in common.COLOURS for shape in common.SHAPES]
+    prompts = [[text.format(a="an" if colour == "orange" else "a", colour=colour, shape=shape)
+                for text in common.CAPTIONS] for colour in common.COLOURS for shape in common.SHAPES]
     return Source(common.Data(pairs(*of(train, ~held_out[train["pair"]])), *knn, list(common.SHAPES)),
                   pairs(*of(test, one_each), labels=np.arange(64)),
                   common.Pictures(torch.from_numpy(test["picture"]), test["pair"]), prompts, held_out)
@@ -1249,13 +1259,14 @@ def open_shapes(pairs) -> Source:
 
 # ---------------------------------------------------------------------------------- CLIP's weights
 CLIP_NAMES = (                                           # how names begin: CLIP's, ours
-    ("visual.class_embedding", "cls_token"), ("visual.positional_embedding", "pos_embed"), ("visual.conv1.", "patch_embed.proj."),
-    ("visual.ln_pre.", "norm_pre."), ("visual.transformer.resblocks.", "blocks."), ("visual.ln_post.", "norm."),
-    ("visual.proj", "image_proj.weight"), ("token_embedding.", "text.token_embedding."), ("positional_embedding", "text.pos_embed"),
+    ("visual.class_embedding", "cls_token"), ("visual.positional_embedding", "pos_embed"),
+    ("visual.conv1.", "patch_embed.proj."), ("visual.ln_pre.", "norm_pre."),
+    ("visual.transformer.resblocks.", "blocks."), ("visual.ln_post.", "norm."), ("visual.proj", "image_proj.weight"),
+    ("token_embedding.", "text.token_embedding."), ("positional_embedding", "text.pos_embed"),
     ("transformer.resblocks.", "text.blocks."), ("ln_final.", "text.norm."), ("text_projection", "text.proj.weight"),
     ("logit_scale", "logit_scale"))
-CLIP_BLOCK = ((".ln_1.", ".norm1."), (".ln_2.", ".norm2."), (".attn.in_proj_", ".attn.qkv."), (".attn.out_proj.", ".attn.proj."),
-              (".mlp.c_fc.", ".mlp.fc1."), (".mlp.c_proj.", ".mlp.fc2."))
+CLIP_BLOCK = ((".ln_1.", ".norm1."), (".ln_2.", ".norm2."), (".attn.in_proj_", ".attn.qkv."),
+              (".attn.out_proj.", ".attn.proj."), (".mlp.c_fc.", ".mlp.fc1."), (".mlp.c_proj.", ".mlp.fc2."))
 
 
 def from_clip(state: dict) -> dict:
@@ -1342,9 +1353,10 @@ def described(state: dict, path: str) -> dict:
         vocab_size, text_width = state["text.token_embedding.weight"].shape
         return dict(
             embed_dim=width, depth=depth("blocks."), num_heads=heads.get(width, width // 64),
-            text_width=text_width, text_depth=depth("text.blocks."), text_heads=text_width // 64, vocab_size=vocab_size,
-            proj_dim=len(state["image_proj.weight"]), text_length=state["text.pos_embed"].shape[1], patch_size=patch_size,
-            image_size=patch_size * round((state["pos_embed"].shape[1] - 1) ** 0.5), text_cls=True,
+            text_width=text_width, text_depth=depth("text.blocks."), text_heads=text_width // 64,
+            vocab_size=vocab_size, proj_dim=len(state["image_proj.weight"]),
+            text_length=state["text.pos_embed"].shape[1], text_cls=True, patch_size=patch_size,
+            image_size=patch_size * round((state["pos_embed"].shape[1] - 1) ** 0.5),
             mlp_ratio=len(state["blocks.0.mlp.fc1.bias"]) / width)
     except (KeyError, ValueError) as error:
         raise common.UserError(f"{path} is neither a checkpoint of flip.py nor a CLIP: no {error}") from error
@@ -1354,9 +1366,15 @@ def read_safetensors(path: str) -> dict:
     """{name: tensor}: eight bytes that say how long the JSON header is, the header, the numbers."""
     data = memoryview(Path(path).read_bytes())
     length = int.from_bytes(data[:8], "little")
-    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
-    return {name: torch.frombuffer(bytearray(data[8 + length:][slice(*about["data_offsets"])]), dtype=kinds[about["dtype"]])
-            .view(about["shape"]) for name, about in json.loads(bytes(data[8:8 + length])).items() if name != "__metadata__"}
+    header, numbers, found = json.loads(bytes(data[8:8 + length])), data[8 + length:], {}
+    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+             "I64": torch.int64}
+    header.pop("__metadata__", None)
+    for name, about in header.items():
+        start, end = about["data_offsets"]
+        tensor = torch.frombuffer(bytearray(numbers[start:end]), dtype=kinds[about["dtype"]])
+        found[name] = tensor.view(about["shape"])
+    return found
 
 
 def load_weights(model: FLIP, state: dict, path: str):
@@ -1414,7 +1432,8 @@ def score(model: FLIP, source: Source, cfg: Config, tokenizer: Tokenizer, device
                 top[name] = common.top1_top5(logits[of], labels[of])
         found = {f"zero_shot{name}": both["top1"] for name, both in top.items()} | {"zero_shot_top5": top[""]["top5"]}
         title = lambda name: name.removeprefix("zero_shot").strip("_").replace("_", " ") or "top-1"
-        common.say(f"zero-shot, {logits.shape[1]} classes, {len(labels)} pictures, chance {100 / logits.shape[1]:.1f} %: "
+        common.say(f"zero-shot, {logits.shape[1]} classes, {len(labels)} pictures, chance "
+                   f"{100 / logits.shape[1]:.1f} %: "
                    + ", ".join(f"{title(name)} {value:.1f} %" for name, value in found.items()))
     if source.retrieval is not None:
         images, rows = common.features(model.encode_image, source.retrieval, **size)
@@ -1450,7 +1469,8 @@ def picture(model: FLIP, images, texts: list[str], ids, path):
     colours = torch.tensor([(30, 30, 110), (255, 230, 60)], device=images.device).view(2, 3, 1, 1)
     cold, warm = (colours / 255 - mean) / std
     tiles = (cold + share * (warm - cold)).expand(-1, -1, -1, images.shape[-2] // 4, images.shape[-1])
-    rows = {f"{i}. {text.encode('ascii', 'replace').decode()}": row for i, (text, row) in enumerate(zip(texts, tiles), 1)}
+    plain = [text.encode("ascii", "replace").decode() for text in texts]
+    rows = {f"{i}. {text}": row for i, (text, row) in enumerate(zip(plain, tiles), 1)}
     common.save_rows(path, {f"pictures 1 to {len(images)}; cosines: blue {low:.2f}, yellow {high:.2f}": images} | rows)
 
 

@@ -84,9 +84,9 @@ class Config:
         self.output = self.output or f"runs/mae-{Path(self.data).resolve().name}"
         for name, size in zip(("embed_dim", "depth", "num_heads"), SIZES[self.model]):
             setattr(self, name, getattr(self, name) or size)
-        for name, least in dict(embed_dim=1, depth=1, num_heads=1, decoder_embed_dim=1, decoder_num_heads=1, patch_size=1,
-                                batch_size=1, accumulate=1, epochs=1, log_every=1, seed=0,
-                                workers=0, max_steps=0, save_every=0, knn_pictures=0).items():
+        for name, least in dict(embed_dim=1, depth=1, num_heads=1, decoder_embed_dim=1, decoder_num_heads=1,
+                                patch_size=1, batch_size=1, accumulate=1, epochs=1, log_every=1, seed=0, workers=0,
+                                max_steps=0, save_every=0, knn_pictures=0).items():
             if getattr(self, name) < least:
                 raise common.UserError(f"{name} is {getattr(self, name)}, at least {least} is needed")
         if self.embed_dim % 4 or self.decoder_embed_dim % 4:

@@ -137,7 +137,8 @@ class Config:
 SIZES = {"micro": (64, 2, 4), "tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12),
          "large": (1024, 24, 16), "huge": (1280, 32, 16)}        # width, depth, heads; micro is ours
 
-# teacher: the paper's abstract; normalize, loss, mask_ratio: two public reproductions; beta: one of them; else BEiT v2, 300 epochs
+# teacher: the paper's abstract; normalize, loss, mask_ratio: two public reproductions; beta: one of them;
+# else BEiT v2, 300 epochs
 PAPER = dict(teacher="clip", normalize="ln", loss="smooth_l1", beta=1.0, masking="block", mask_ratio=0.4, min_block=16,
              layer_scale=0.1, drop_path=0.0, image_size=224, patch_size=16, crop_scale=0.2, color_jitter=0.4,
              batch_size=2048, epochs=300, warmup_epochs=10, base_lr=1.5e-3 / 8, min_lr=1e-5, weight_decay=0.05,
@@ -424,8 +425,9 @@ RELEASED = {                                             # address and SHA-256; 
 CLIP_NAMES = {                                           # OpenAI's vision tower -> timm's names
     "visual.class_embedding": "cls_token", "visual.positional_embedding": "pos_embed", "visual.proj": "proj",
     "visual.conv1.": "patch_embed.proj.", "visual.ln_pre.": "norm_pre.", "visual.ln_post.": "norm.",
-    "visual.transformer.resblocks.": "blocks.", ".ln_1.": ".norm1.", ".ln_2.": ".norm2.", ".attn.in_proj_": ".attn.qkv.",
-    ".attn.out_proj.": ".attn.proj.", ".mlp.c_fc.": ".mlp.fc1.", ".mlp.c_proj.": ".mlp.fc2."}
+    "visual.transformer.resblocks.": "blocks.", ".ln_1.": ".norm1.", ".ln_2.": ".norm2.",
+    ".attn.in_proj_": ".attn.qkv.", ".attn.out_proj.": ".attn.proj.", ".mlp.c_fc.": ".mlp.fc1.",
+    ".mlp.c_proj.": ".mlp.fc2."}
 
 
 class Teacher(nn.Module):
@@ -466,8 +468,8 @@ def download(name: str) -> Path:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(address, str(path), digest, progress=common.rank() == 0)
     except (OSError, RuntimeError) as error:             # no network; another hash
-        raise common.UserError(f"{name} cannot be downloaded ({common.why(error)}); fetch {address} yourself and put it at "
-                               f"{path}, or say with --teacher FILE where it is") from error
+        raise common.UserError(f"{name} cannot be downloaded ({common.why(error)}); fetch {address} yourself and put "
+                               f"it at {path}, or say with --teacher FILE where it is") from error
     return path
 
 
@@ -479,14 +481,16 @@ def read_weights(path: Path, trust: bool) -> dict:
         if zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()):
             known = {digest for _, digest in RELEASED.values()}
             if not trust and hashlib.sha256(path.read_bytes()).hexdigest() not in known:
-                raise common.UserError(f"{path} is TorchScript, a program, and not one that OpenAI published; --trust runs it")
+                raise common.UserError(f"{path} is TorchScript, a program, and not one that OpenAI published; "
+                                       "--trust runs it")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)                  # TorchScript is deprecated
                 return torch.jit.load(str(path), map_location="cpu").state_dict()
         with torch.serialization.safe_globals([argparse.Namespace]):            # in official checkpoints
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise common.UserError(f"no file {path}; --teacher is one of {', '.join(TEACHERS)}, or a file of weights") from error
+        raise common.UserError(f"no file {path}; --teacher is one of {', '.join(TEACHERS)}, "
+                               "or a file of weights") from error
     except common.UserError:
         raise
     except Exception as error:                           # zip, pickle or torch, according to the file
@@ -522,11 +526,13 @@ def load_teacher(path: Path, grid: tuple[int, int], feature="post", trust=False)
     clip = "visual.proj" in state
     state = clip_to_timm(state) if clip else state
     if "patch_embed.proj.weight" not in state:
-        raise common.UserError(f"{path} holds neither CLIP's vision tower nor a ViT in timm's names, but {sorted(state)[:3]}")
+        raise common.UserError(f"{path} holds neither CLIP's vision tower nor a ViT in timm's names, "
+                               f"but {sorted(state)[:3]}")
     if "blocks.0.rel_pos_bias.relative_position_bias_table" in state:
         raise common.UserError(f"{path} is fine-tuned, with a table of positions for each block; take the "
                                "pre-training's checkpoint.pt")
-    other = ("decoder", "mask_token", "head.", "distill_head", "momentum", "text", "image_proj", "logit_scale")     # no encoder's
+    # what is no encoder's
+    other = ("decoder", "mask_token", "head.", "distill_head", "momentum", "text", "image_proj", "logit_scale")
     state = {name.replace("fc_norm.", "norm."): value for name, value in state.items() if not name.startswith(other)}
     proj, depth = state.pop("proj", None), len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     if feature == "proj" and proj is None:
@@ -536,20 +542,23 @@ def load_teacher(path: Path, grid: tuple[int, int], feature="post", trust=False)
         heads = {size[0]: size[2] for name, size in SIZES.items() if name != "micro"}.get(width)
         heads = width // 64 if clip else saved["config"]["num_heads"] if "method" in saved else heads
         if not heads:
-            raise common.UserError(f"{path} does not tell how many heads it has at width {width}; checkpoint.pt of a run does")
+            raise common.UserError(f"{path} does not tell how many heads it has at width {width}; "
+                                   "checkpoint.pt of a run does")
         vit = VisionTransformer(
             tuple(side * patch_size for side in grid), patch_size, width, depth, heads,
             mlp_ratio=len(state["blocks.0.mlp.fc1.bias"]) / width, relative="pos_embed" not in state,
             layer_scale=float("blocks.0.gamma_1" in state), pre_norm=clip, act=quick_gelu if clip else F.gelu,
             eps=1e-5 if clip else 1e-6)
-        for name, resize in (("pos_embed", resize_positions), ("rel_pos_bias.relative_position_bias_table", resize_relative)):
+        for name, resize in (("pos_embed", resize_positions),
+                             ("rel_pos_bias.relative_position_bias_table", resize_relative)):
             if name in state:
                 state[name] = resize(state[name], grid)
         vit.load_state_dict(state)
     except (KeyError, ValueError, RuntimeError) as error:        # a name or a shape that is not a ViT's
         raise common.UserError(f"{path} does not fit: {' '.join(str(error).split())[:300]}") from error
     kind = "OpenAI's CLIP (QuickGELU)" if clip else "ViT"
-    common.say(f"{path}: teacher read as {kind}, feature {feature}, width {width}, {depth} blocks, {heads} heads, patch {patch_size}")
+    common.say(f"{path}: teacher read as {kind}, feature {feature}, width {width}, {depth} blocks, {heads} heads, "
+               f"patch {patch_size}")
     return Teacher(vit, *((CLIP_MEAN, CLIP_STD) if clip else (common.MEAN, common.STD)), feature, proj)
 
 
@@ -714,12 +723,13 @@ def build(cfg: Config, target_dim: int = 1) -> MaskDistill:
 
     target_dim: the teacher's width E; who wants the encoder alone need not know it."""
     torch.manual_seed(cfg.seed)
-    model = MaskDistill(cfg.image_size, cfg.patch_size, cfg.embed_dim, cfg.depth, cfg.num_heads, target_dim, cfg.mlp_ratio,
+    model = MaskDistill(cfg.image_size, cfg.patch_size, cfg.embed_dim, cfg.depth, cfg.num_heads, target_dim,
+                        cfg.mlp_ratio,
                         cfg.mask_ratio, cfg.masking, cfg.min_block, cfg.student, cfg.normalize, cfg.loss, cfg.beta,
                         cfg.layer_scale, cfg.drop_path)
     if cfg.teacher == "momentum":                        # the student's average; in its checkpoint
-        average = VisionTransformer(cfg.image_size, cfg.patch_size, cfg.embed_dim, cfg.depth, cfg.num_heads, cfg.mlp_ratio,
-                                    cfg.student == "dense", cfg.layer_scale)
+        average = VisionTransformer(cfg.image_size, cfg.patch_size, cfg.embed_dim, cfg.depth, cfg.num_heads,
+                                    cfg.mlp_ratio, cfg.student == "dense", cfg.layer_scale)
         average.load_state_dict({name: model.state_dict()[name] for name in average.state_dict()})
         model.momentum = Teacher(average, feature="blocks")
     return model
@@ -750,7 +760,8 @@ def picture(model: MaskDistill, teacher, images, noise, path):
     cosine = F.cosine_similarity(prediction, target, dim=-1).clamp(0, 1).unsqueeze(-1)         # (B, M, 1)
     patches, (_, hidden) = patchify(images, model.patch_size), model.masks(noise)
     rows = lambda index: index.unsqueeze(-1).expand(-1, -1, patches.shape[-1])
-    cold, warm = (flat(torch.tensor(c, device=images.device), model.patch_size) for c in ((30, 30, 110), (255, 230, 60)))
+    colours = torch.tensor([(30, 30, 110), (255, 230, 60)], device=images.device)
+    cold, warm = (flat(colour, model.patch_size) for colour in colours)
     show = lambda x: unpatchify(x, model.patch_size, model.grid)
     common.save_rows(path, {
         "original": images, "masked": show(patches.scatter(1, rows(hidden), 0.0)),

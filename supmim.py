@@ -24,12 +24,12 @@ Against mae.py: `classify`, the classifier's pass; `kmeans`, `open_tokenizer`; l
     python supmim.py                                  # drawn shapes, 320 labels, no download, 108 s on 2 CPU cores:
         top-1 41.3 %, top-5 94.7 %, nearest training picture of the same class 39.9 %
     python supmim.py --mim-weight 0                   # the baseline: 29.8 %
-    python supmim.py --target kmeans                  # codes of patches instead of pixels; or a FILE, see open_tokenizer
+    python supmim.py --target kmeans                  # codes of patches, not pixels; or a FILE, see open_tokenizer
     torchrun --nproc_per_node=8 supmim.py --data imagenet --data-root /where/imagenet/is
 
 No code was released, and of the paper only the abstract could be read: a shallow decoder on the encoder predicts image
-tokens from a masked picture, beside the classifier, and is dropped. Ours are the two passes, which patches each
-pass sees, the targets (the paper's tokenizer is not known), the weight of the loss, averaging the tokens, and all settings.
+tokens from a masked picture, beside the classifier, and is dropped. Ours are the two passes, which patches each pass
+sees, the targets (the paper's tokenizer is not known), the weight of the loss, averaging the tokens, and all settings.
 """
 
 import contextlib
@@ -101,10 +101,11 @@ class Config:
         self.output = self.output or f"runs/supmim-{Path(self.data).resolve().name}"
         for name, size in zip(("embed_dim", "depth", "num_heads"), SIZES[self.model]):
             setattr(self, name, getattr(self, name) or size)
-        for name, least in dict(embed_dim=1, depth=1, num_heads=1, decoder_embed_dim=1, decoder_num_heads=1, patch_size=1,
-                                batch_size=1, accumulate=1, epochs=1, log_every=1, seed=0, shots=0, codes=2,
-                                workers=0, max_steps=0, save_every=0, knn_pictures=0, mim_weight=0, decoder_depth=1,
-                                mixup=0, cutmix=0, randaugment=0, drop_path=0, smoothing=0, eval_every=1).items():
+        for name, least in dict(embed_dim=1, depth=1, num_heads=1, decoder_embed_dim=1, decoder_num_heads=1,
+                                patch_size=1, batch_size=1, accumulate=1, epochs=1, log_every=1, seed=0, shots=0,
+                                codes=2, workers=0, max_steps=0, save_every=0, knn_pictures=0, mim_weight=0,
+                                decoder_depth=1, mixup=0, cutmix=0, randaugment=0, drop_path=0, smoothing=0,
+                                eval_every=1).items():
             if getattr(self, name) < least:
                 raise common.UserError(f"{name} is {getattr(self, name)}, at least {least} is needed")
         for name, most in dict(randaugment=10, drop_path=0.99, smoothing=0.99).items():
@@ -130,12 +131,12 @@ SIZES = {"micro": (64, 4, 2), "tiny": (192, 12, 3), "small": (384, 12, 6), "base
 
 # ours, for the paper's ViT-B/14 at 224 pixels: 16 x 16 patches, and a decoder of half the width. On few labels of small
 # pictures a larger weight serves better (tests/results.md, "Labels and masks")
-RECIPE = dict(image_size=224, patch_size=14, shots=0, mim_weight=1.0, codes=1024, decoder_embed_dim=384, decoder_depth=2,
-              decoder_num_heads=6, drop_path=0.1, crop_scale=0.08, randaugment=9, mixup=0.8, cutmix=1.0, smoothing=0.1,
-              batch_size=1024, epochs=300, warmup_epochs=10, base_lr=2.5e-4, weight_decay=0.1, eval_every=1, workers=12,
-              knn_pictures=20000)
+RECIPE = dict(image_size=224, patch_size=14, shots=0, mim_weight=1.0, codes=1024, decoder_embed_dim=384,
+              decoder_depth=2, decoder_num_heads=6, drop_path=0.1, crop_scale=0.08, randaugment=9, mixup=0.8,
+              cutmix=1.0, smoothing=0.1, batch_size=1024, epochs=300, warmup_epochs=10, base_lr=2.5e-4,
+              weight_decay=0.1, eval_every=1, workers=12, knn_pictures=20000)
 SMALL = RECIPE | dict(model="tiny", codes=256, decoder_embed_dim=96, decoder_depth=1, decoder_num_heads=3,
-                      crop_scale=0.35, batch_size=256, epochs=200, base_lr=5e-4, weight_decay=0.05, workers=8)     # ours
+                      crop_scale=0.35, batch_size=256, epochs=200, base_lr=5e-4, weight_decay=0.05, workers=8)  # ours
 PRESETS = {
     "shapes": {},                                                         # the defaults above; ours
     "cifar10": SMALL | dict(image_size=32, patch_size=4),                                    # ours
@@ -319,7 +320,8 @@ def open_tokenizer(path: str, image_size: int, patches: int, device):
     """A tokenizer of one's own -> (normalised images (B, 3, H, W) -> codes (B, patches), how many codes there are).
 
     The file is Python (it is executed) and defines `tokenizer(device)`, which returns two things: what turns images
-    (B, 3, H, W) of 0 to 1, fp32, into int64 codes (B, patches), row by row; and how many codes there are. Raises UserError."""
+    (B, 3, H, W) of 0 to 1, fp32, into int64 codes (B, patches), row by row; and how many codes there are.
+    Raises UserError."""
     if not Path(path).is_file():
         raise common.UserError(f"no file {path}; --target is pixels, kmeans or a tokenizer's file")
     try:
@@ -334,8 +336,8 @@ def open_tokenizer(path: str, image_size: int, patches: int, device):
         raise common.UserError(f"{path} is no Python file with tokenizer(device) -> (codes, count): "
                                f"{common.why(error)}") from error
     if not fits:
-        raise common.UserError(f"{path} makes {found.dtype} codes {list(found.shape)} of 2 pictures; int64 [2, {patches}] "
-                               f"from 0 to below {count} are needed")
+        raise common.UserError(f"{path} makes {found.dtype} codes {list(found.shape)} of 2 pictures; "
+                               f"int64 [2, {patches}] from 0 to below {count} are needed")
     mean, std = common.mean_std(device)
     return torch.no_grad()(lambda images: tokenize(images * std + mean)), count
 
@@ -346,7 +348,8 @@ class SupMIM(VisionTransformer):
 
     def __init__(self, image_size, patch_size, embed_dim, depth, num_heads, decoder_embed_dim,
                  decoder_depth, decoder_num_heads, mlp_ratio=4.0, mask_ratio=0.5, norm_pix=True, classes=1000,
-                 mim_weight=1.0, codes=0, passes="two", mask_tokens="decoder", pool="mean", drop_path=0.0, smoothing=0.0):
+                 mim_weight=1.0, codes=0, passes="two", mask_tokens="decoder", pool="mean", drop_path=0.0,
+                 smoothing=0.0):
         super().__init__(image_size, patch_size, embed_dim, depth, num_heads, mlp_ratio)
         self.mask_ratio, self.norm_pix = mask_ratio, norm_pix
         self.mim_weight, self.codes, self.smoothing = mim_weight, codes, smoothing
@@ -409,7 +412,8 @@ class SupMIM(VisionTransformer):
 
     def forward(self, images, labels, noise=None, mixed=None, target_codes=None):
         """images (B, 3, H, W), normalised; labels (B,) or their mixtures (B, classes); noise (B, N) in [0, 1) decides
-        the masks; mixed (B, 3, H, W): what is classified, and in one pass masked, too, None: images; target_codes (B, N).
+        the masks; mixed (B, 3, H, W): what is classified, and in one pass masked, too, None: images; target_codes
+        (B, N).
 
         Returns the loss, the class loss, the masked loss (0 without it), and the logits."""
         mixed, masked_loss = images if mixed is None else mixed, torch.zeros((), device=images.device)
@@ -560,7 +564,7 @@ def train(cfg: Config) -> dict:
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % steps_per_epoch == 0:
-            run.write(step=step + 1, class_loss=losses[0].item(), masked_loss=losses[1].item())     # the first process's
+            run.write(step=step + 1, class_loss=losses[0].item(), masked_loss=losses[1].item())    # the first process's
             losses.zero_()
         if run.end_step(step, step_loss, lr, score) and common.rank() == 0 and cfg.mim_weight:
             picture(model, sample, sample_noise, sample_codes, centres, run.folder / "reconstruction.png")
@@ -575,8 +579,8 @@ def train(cfg: Config) -> dict:
     untrained = build(cfg, len(data.classes), codes).to(device).eval()
     metrics = run.finish(encoder, {"pixels": common.shrunk_pixels, "trained": feature(model),
                                    "untrained": feature(untrained)}, data, scores)
-    common.say(f"top-1 {metrics['top1']:.1f} %, top-5 {metrics['top5']:.1f} %, nearest training picture of the same class "
-               f"{metrics['recall1_trained']:.1f} %")
+    common.say(f"top-1 {metrics['top1']:.1f} %, top-5 {metrics['top5']:.1f} %, nearest training picture of the same "
+               f"class {metrics['recall1_trained']:.1f} %")
     after = {"shapes": "segment", "imagenet": "segment --data ade20k"}.get(cfg.data, f"knn --data {cfg.data}")
     common.say(f"try next: python evaluate.py {after} --checkpoint {run.folder}/classifier.pt")
     return metrics

@@ -53,3 +53,8 @@ def test_a_script_imports_no_other(name):
             imported.add(node.module.split(".")[0])
     assert not imported & {"evaluate", *METHODS}
     assert imported - set(sys.stdlib_module_names) <= {"common", "torch", "torchvision", "numpy", "tqdm"}
+
+
+def test_lines_fit_a_screen():
+    long = [f"{path.name}:{i}" for path in ROOT.glob("*.py") for i, line in enumerate(open(path), 1) if len(line) > 121]
+    assert not long

@@ -21,9 +21,9 @@ n groups.
 Against maskdistill.py: all tokens are scored, not only the hidden; `draw_schedule`, `match` and `morph_loss`.
 Nothing is added to the network, and nothing is learned by the matching.
 
-    python dtm.py                                     # drawn shapes, no download, 2 min on 2 slow CPU cores:
-        k-NN accuracy, 8 classes, 2000 test pictures: pixels 28.2 %, trained 71.7 %, untrained 18.4 %, teacher 93.7 %
-        (seed 1: 69.6 %; token by token, --morphs 0: 74.8 and 75.1 %: morphing gains nothing on data so small)
+    python dtm.py                                     # drawn shapes, no download, 35 s on 2 CPU cores:
+        k-NN accuracy, 8 classes, 2000 test pictures: pixels 28.2 %, trained 65.5 %, untrained 18.4 %, teacher 93.6 %
+        (on other machines 68 and 72 %; token by token, --morphs 0, 72 to 75 %: no gain from morphing on such data)
     torchrun --nproc_per_node=8 dtm.py --data imagenet --data-root /where/imagenet/is
     torchrun --nproc_per_node=8 dtm.py --data imagenet --preset official
 
@@ -69,12 +69,12 @@ class Config:
     preset: str = ""              # settings to start from; empty: those of --data, "folder" for a folder
     output: str = ""              # folder of the run; empty: runs/dtm-DATA
     teacher: str = "self"         # clip, clip-large, dino, self, hog, pixels, momentum, random, or a file of weights
-    teacher_feature: Literal["", "post", "raw", "proj"] = ""  # after, before the last norm; empty: clip proj, else post
-    teacher_norm: Literal["own", "student"] = "own"  # its pixels normalised as in its training, or as the student's
+    teacher_feature: Literal["", "post", "raw", "proj"] = ""  # after its last norm, before it, CLIP's projection; empty: proj for clip, else post
+    teacher_norm: Literal["own", "student"] = "own"  # its pixels normalised as it was trained, or as the student's (released code)
     teacher_epochs: int = 6       # self: passes over the labelled pictures, before the student begins
     teacher_lr: float = 0.016     # self: learning rate for 256 pictures a step
     trust: bool = False           # run the code in a TorchScript file given as --teacher (released CLIP: always)
-    normalize: Literal["ln", "l2", "none"] = "none"  # the target's tokens, to variance 1, or length sqrt(E)
+    normalize: Literal["ln", "l2", "none"] = "none"  # the target's tokens, before matching: to variance 1, or length sqrt(E)
     loss: Literal["smooth_l1", "l2", "l1", "cosine"] = "smooth_l1"  # between the means of groups
     beta: float = 2.0             # smooth_l1: quadratic below, linear above
     morphs: int = 2               # morphings L in a step, each of its own groups; 0: compare token by token

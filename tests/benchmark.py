@@ -496,7 +496,7 @@ def arguments(argv=None):
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--one-at-a-time", action="store_true", help="a new process for every turn: memory for one contestant only")
     parser.add_argument("--tflops", type=float, default=400, help="that a GPU reaches, for `hours`")
-    parser.add_argument("--decode", type=int, nargs=2, default=[628, 1144], help="pictures a core decodes a second, for `hours`")
+    parser.add_argument("--decode", type=int, nargs=2, default=[844, 1625], help="pictures a core decodes a second, for `hours`")
     parser.add_argument("--folder", default="", help="pictures for `data` and `features`")
     parser.add_argument("--checkpoint", default="none", help="encoder for `features`")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -1,6 +1,7 @@
 """What the method scripts share is the same text in each, and what they import is little."""
 
 import ast
+import re
 import sys
 
 import pytest
@@ -56,5 +57,6 @@ def test_a_script_imports_no_other(name):
 
 
 def test_lines_fit_a_screen():
-    long = [f"{path.name}:{i}" for path in ROOT.glob("*.py") for i, line in enumerate(open(path), 1) if len(line) > 121]
-    assert not long
+    """At most 120 characters, but for a flag's help, which is the comment of its one line."""
+    lines = [(path.name, i, line.rstrip("\n")) for path in ROOT.glob("*.py") for i, line in enumerate(open(path), 1)]
+    assert not [f"{name}:{i}" for name, i, line in lines if len(line) > 120 and not re.match(r"    \w+: .*  # ", line)]

@@ -417,7 +417,10 @@ def loader(pictures: Pictures, batches, workers: int) -> DataLoader:
 
 
 def leave_ctrl_c_to_the_parent(worker: int = 0):
+    """In a loader's process: only the trainer answers Ctrl-C, and its hanging up amid a hand-over is no error."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    hook = sys.excepthook                                # the thread that hands tensors over ends there
+    sys.excepthook = lambda kind, *rest: issubclass(kind, (EOFError, ConnectionError)) or hook(kind, *rest)
 
 
 def autocast(device, precision: str):

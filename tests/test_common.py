@@ -279,6 +279,14 @@ def test_broken_pictures_are_named_skipped_and_counted(tmp_path, capsys):
     assert len(table) == len(y) == 5 and y.tolist() == [0, 0, 0, 1, 1]           # evaluation leaves it out
 
 
+def test_a_loader_is_silent_when_its_trainer_hangs_up():
+    """What test_ctrl_c meets now and then: multiprocessing gives the thread's error to sys.excepthook."""
+    raised = "; ".join(f"sys.excepthook({kind}, {kind}('{kind}'), None)" for kind in ("EOFError", "ConnectionResetError", "ValueError"))
+    done = subprocess.run([sys.executable, "-c", f"import sys, common; common.leave_ctrl_c_to_the_parent(); {raised}"],
+                          capture_output=True, text=True, cwd=ROOT)
+    assert done.stderr.strip() == "ValueError: ValueError"
+
+
 @pytest.mark.parametrize("content", ["nothing", "text", "missing"])
 def test_folder_without_a_readable_picture(tmp_path, content):
     if content == "text":

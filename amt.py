@@ -107,18 +107,10 @@ class Config:
         self.output = self.output or f"runs/amt-{Path(self.data).resolve().name}"
         for name, size in zip(("embed_dim", "depth", "num_heads"), SIZES[self.model]):
             setattr(self, name, getattr(self, name) or size)
-        for name, least in dict(embed_dim=1, depth=1, num_heads=1, decoder_embed_dim=1, decoder_num_heads=1,
-                                patch_size=1, batch_size=1, accumulate=1, epochs=1, log_every=1, seed=0, workers=0,
-                                max_steps=0, save_every=0, knn_pictures=0, refresh_every=1, start_epoch=0).items():
-            if getattr(self, name) < least:
-                raise common.UserError(f"{name} is {getattr(self, name)}, at least {least} is needed")
+        common.check(self, ("decoder_num_heads", "decoder_embed_dim"), decoder_embed_dim=1, decoder_num_heads=1,
+                     refresh_every=1, start_epoch=0)
         if self.embed_dim % 4 or self.decoder_embed_dim % 4:
             raise common.UserError("embed_dim and decoder_embed_dim must be multiples of 4")
-        for part, whole in (("patch_size", "image_size"), ("num_heads", "embed_dim"),
-                            ("decoder_num_heads", "decoder_embed_dim")):
-            if getattr(self, whole) % getattr(self, part):
-                raise common.UserError(f"{part} {getattr(self, part)} does not divide "
-                                       f"{whole} {getattr(self, whole)}")
         for name, ratio in zip(("mask_ratio", "throw_ratio", "first_mask_ratio"), HOSTS[self.host]):
             setattr(self, name, ratio if getattr(self, name) == -1 else getattr(self, name))
         if self.start_epoch >= self.epochs and self.weights == "attention":
@@ -469,11 +461,6 @@ def resize_positions(table, grid: tuple[int, int]):
     return torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
 
 
-def mean_token(model: AMT):
-    """The feature that k-NN compares: the mean of a picture's patch tokens, images -> (B, D)."""
-    return lambda images: model.encode(images)[:, 1:].mean(dim=1)
-
-
 # -------------------------------------------------------------------------------------------- maps
 class Crop:
     """common.augment, that tells what it did: picture -> (crop (3, S, S), box (5,): top, left, height and width as
@@ -537,12 +524,6 @@ def map_figures(maps, objects=None) -> dict:
     return found
 
 
-def flat(colours, patch_size: int):
-    """Colours (..., 3) of 0 to 255 -> normalised patches of one colour (..., P*P*3)."""
-    mean, std = (v.flatten() for v in common.mean_std(colours.device))
-    return ((colours / 255 - mean) / std).tile((patch_size ** 2,))
-
-
 @torch.no_grad()
 def picture(model: AMT, images, noise, ratios, attention: bool, path):
     """Write images (B, 3, H, W), normalised, their attention maps, what is masked and thrown by them (or, without
@@ -559,12 +540,12 @@ def picture(model: AMT, images, noise, ratios, attention: bool, path):
         caption += " (each patch with its true mean and variance)"
     cold, warm, grey = (torch.tensor(c, device=images.device) for c in ((30, 30, 110), (255, 230, 60), (128, 128, 128)))
     rows = lambda index: index.unsqueeze(-1).expand(-1, -1, patches.shape[-1])
-    grey, black = flat(grey, model.patch_size), flat(0 * grey, model.patch_size)
+    grey, black = common.flat(grey, model.patch_size), common.flat(0 * grey, model.patch_size)
     seen = patches.scatter(1, rows(thrown), grey.expand(*thrown.shape, -1))
     show = lambda x: unpatchify(x, model.patch_size, model.grid)
     common.save_rows(path, {
         "original": images,
-        "attention: blue 0, yellow 1": show(flat(cold + maps.unsqueeze(-1) * (warm - cold), model.patch_size)),
+        "attention: blue 0, yellow 1": show(common.flat(cold + maps.unsqueeze(-1) * (warm - cold), model.patch_size)),
         "masked (black), thrown (grey), visible": show(seen.scatter(1, rows(masked), black.expand(*masked.shape, -1))),
         caption: show(seen.scatter(1, rows(masked), prediction))})
 
@@ -646,8 +627,8 @@ def train(cfg: Config) -> dict:
 
     encoder = {name: value for name, value in model.state_dict().items()
                if not name.startswith(model.thrown_away)}
-    metrics = run.finish(encoder, {"pixels": common.shrunk_pixels, "trained": mean_token(model),
-                                   "untrained": mean_token(build(cfg).to(device))}, data)
+    metrics = run.finish(encoder, {"pixels": common.shrunk_pixels, "trained": common.mean_token(model),
+                                   "untrained": common.mean_token(build(cfg).to(device))}, data)
     common.say(f"try next: python evaluate.py linear --checkpoint {run.folder}/checkpoint.pt --data {cfg.data}")
     return metrics
 

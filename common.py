@@ -12,6 +12,7 @@ import dataclasses
 import datetime
 import difflib
 import functools
+import hashlib
 import inspect
 import io
 import json
@@ -22,6 +23,8 @@ import signal
 import sys
 import time
 import typing
+import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -50,15 +53,27 @@ def why(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def read_file(path: str) -> dict:
-    """All that a file of weights holds, on the CPU; nothing in it is executed. Raises UserError."""
+def read_file(path, trust: bool = False, known=()) -> dict:
+    """All that a file of weights holds, on the CPU. Raises UserError.
+
+    Nothing in it is executed, except TorchScript, which is a program (OpenAI's CLIPs are published as such): that runs
+    if `trust`, or if its SHA-256 is one of `known`."""
     try:
+        if zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()):
+            if not trust and hashlib.sha256(Path(path).read_bytes()).hexdigest() not in known:
+                raise UserError(f"{path} is TorchScript, a program (OpenAI's files are); where there is that flag, "
+                                "--trust runs it")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)           # TorchScript is deprecated
+                return torch.jit.load(str(path), map_location="cpu").state_dict()
         with torch.serialization.safe_globals([argparse.Namespace]):     # in official checkpoints
             return dict(torch.load(path, map_location="cpu", weights_only=True))
     except FileNotFoundError as error:
         raise UserError(f"no file {path}") from error
+    except UserError:
+        raise
     except Exception as error:                           # zip, pickle or torch, according to the file
-        raise UserError(f"{path} is no checkpoint: {why(error)}") from error
+        raise UserError(f"{path} is no file of weights: {why(error)}") from error
 
 
 def rank() -> int:
@@ -188,6 +203,18 @@ def parse(config, presets: dict, argv=None, description: str = ""):
         hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
         raise UserError(f"unknown argument {unknown[0]}; {hint}")
     return config(**{**presets[name], **vars(given), "preset": name})
+
+
+def check(cfg, *divides: tuple[str, str], **least):
+    """Raises UserError where a setting is below its least value, or a part does not divide its whole."""
+    least |= dict(embed_dim=1, depth=1, num_heads=1, patch_size=1, batch_size=1, accumulate=1, epochs=1, log_every=1,
+                  seed=0, workers=0, max_steps=0, save_every=0, knn_pictures=0)
+    for name, value in least.items():
+        if getattr(cfg, name) < value:
+            raise UserError(f"{name} is {getattr(cfg, name)}, at least {value} is needed")
+    for part, whole in (("patch_size", "image_size"), ("num_heads", "embed_dim"), *divides):
+        if getattr(cfg, whole) % getattr(cfg, part):
+            raise UserError(f"{part} {getattr(cfg, part)} does not divide {whole} {getattr(cfg, whole)}")
 
 
 def plan(cfg, pictures: int) -> tuple[int, float]:
@@ -850,6 +877,11 @@ def top1_top5(logits, labels) -> dict:
     return {"top1": 100 * hits[:, 0].float().mean().item(), "top5": 100 * hits.any(dim=1).float().mean().item()}
 
 
+def mean_token(model):
+    """The feature that k-NN compares: the mean of a picture's patch tokens, images -> (B, D)."""
+    return lambda images: model.encode(images)[:, 1:].mean(dim=1)
+
+
 def shrunk_pixels(images: torch.Tensor) -> torch.Tensor:
     """A baseline for k-NN without any network: images (B, 3, H, W) -> 32 x 32 pixels (B, 3072)."""
     return F.adaptive_avg_pool2d(images, 32).flatten(1)
@@ -871,6 +903,12 @@ def sample(pictures: Pictures, size: int, count: int, device) -> torch.Tensor:
     pictures = pictures.centred(size)
     chosen = np.linspace(0, len(pictures) - 1, count).astype(int)
     return to_device(torch.stack([pictures[0, i][0] for i in chosen]), device)
+
+
+def flat(colours, patch_size: int):
+    """Colours (..., 3) of 0 to 255 -> normalised patches of one colour (..., P*P*3)."""
+    mean, std = (v.flatten() for v in mean_std(colours.device))
+    return ((colours / 255 - mean) / std).tile((patch_size ** 2,))
 
 
 def save_rows(path: Path, rows: dict):

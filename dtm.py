@@ -40,14 +40,10 @@ changes the groups), other draws in each process, steps by the last pass's gradi
 with the square root of the batch, 1e-6 in the means, relative positions of each block's own besides the shared ones.
 """
 
-import argparse
 import contextlib
-import hashlib
 import math
 import random
-import warnings
-import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -56,7 +52,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import common
 
@@ -74,7 +69,7 @@ class Config:
     teacher_epochs: int = 6       # self: passes over the labelled pictures, before the student begins
     teacher_lr: float = 0.016     # self: learning rate for 256 pictures a step
     trust: bool = False           # run the code in a TorchScript file given as --teacher (released CLIP: always)
-    normalize: Literal["ln", "l2", "none"] = "none"  # the target's tokens, before matching: to variance 1, or length sqrt(E)
+    normalize: Literal["ln", "l2", "none"] = "none"  # the target's tokens, before matching (the release: after morphing): to variance 1, or length sqrt(E)
     loss: Literal["smooth_l1", "l2", "l1", "cosine"] = "smooth_l1"  # between the means of groups
     beta: float = 2.0             # smooth_l1: quadratic below, linear above
     morphs: int = 2               # morphings L in a step, each of its own groups; 0: compare token by token
@@ -124,16 +119,7 @@ class Config:
         self.output = self.output or f"runs/dtm-{Path(self.data).resolve().name}"
         for name, size in zip(("embed_dim", "depth", "num_heads"), SIZES[self.model]):
             setattr(self, name, getattr(self, name) or size)
-        for name, least in dict(embed_dim=1, depth=1, num_heads=1,
-                                patch_size=1, batch_size=1, accumulate=1, epochs=1, teacher_epochs=1, log_every=1,
-                                min_block=1, morphs=0, most_rounds=1, token_weight=0, seed=0, workers=0, max_steps=0,
-                                save_every=0, knn_pictures=0).items():
-            if getattr(self, name) < least:
-                raise common.UserError(f"{name} is {getattr(self, name)}, at least {least} is needed")
-        for part, whole in (("patch_size", "image_size"), ("num_heads", "embed_dim")):
-            if getattr(self, whole) % getattr(self, part):
-                raise common.UserError(f"{part} {getattr(self, part)} does not divide "
-                                       f"{whole} {getattr(self, whole)}")
+        common.check(self, teacher_epochs=1, min_block=1, morphs=0, most_rounds=1, token_weight=0)
         if self.embed_dim % 4:
             raise common.UserError("embed_dim must be a multiple of 4")
         if self.beta <= 0 or self.clip_grad <= 0:
@@ -145,8 +131,6 @@ class Config:
             raise common.UserError(f"mask_ratio {self.mask_ratio} leaves nothing to see of {patches} patches")
         if self.teacher in ("pixels", "hog", "momentum", "random") and self.teacher_feature != "post":
             raise common.UserError(f"--teacher {self.teacher} has no choice of --teacher-feature")
-        if self.protect_first and self.student == "sparse":
-            raise common.UserError("protect_first is about the first patch, which a sparse student may not see")
         if self.teacher == "hog" and self.patch_size % 2:
             raise common.UserError(f"hog needs an even patch_size, not {self.patch_size}: 2 x 2 cells a patch")
 
@@ -513,20 +497,224 @@ def token_loss(online, target, **scoring):
     return morph_loss(online, target, match(target, [])[0], **scoring)
 
 
-def hog(images, patch_size: int, bins: int = 9):
-    """Histograms of oriented gradients: images (B, 3, H, W) -> (B, N, 2 * 2 * 3 * bins).
+# -------------------------------------------------------------------------------------------- DTM
+class DTM(VisionTransformer):
+    thrown_away = ("distill_head", "mask_token", "momentum")     # after pre-training: how these names begin
 
-    Each patch is 2 x 2 cells. In a cell and colour, every pixel votes for the direction of its gradient
-    (of half a turn) with its length; the bins of a cell and colour together have length 1. As MaskFeat's,
-    but with plain differences of neighbours and no Gaussian window."""
-    x = F.pad(images, (1, 1, 1, 1), mode="reflect")
-    dx, dy = x[..., 1:-1, 2:] - x[..., 1:-1, :-2], x[..., 2:, 1:-1] - x[..., :-2, 1:-1]
-    turn = torch.atan2(dy, dx) / torch.pi % 1                                   # (B, 3, H, W)
-    which = (turn * bins).long().clamp(max=bins - 1).unsqueeze(2)
-    length = (dx.square() + dy.square()).sqrt().unsqueeze(2)
-    votes = images.new_zeros(*images.shape[:2], bins, *images.shape[2:]).scatter_(2, which, length)
-    cells = F.avg_pool2d(votes.flatten(1, 2), patch_size // 2)                   # (B, 3 * bins, 2h, 2w)
-    return patchify(F.normalize(cells.unflatten(1, (3, bins)), dim=2).flatten(1, 2), 2)
+    def __init__(self, image_size, patch_size, embed_dim, depth, num_heads, target_dim, mlp_ratio=4.0, mask_ratio=0.383,
+                 masking="block", min_block=16, student="dense", normalize="none", loss="smooth_l1", beta=2.0,
+                 split="alternating", average="size", group_weight="size", protect_first=False, token_weight=0.0,
+                 layer_scale=0.1, drop_path=0.0):
+        super().__init__(image_size, patch_size, embed_dim, depth, num_heads, mlp_ratio, student == "dense",
+                         layer_scale, drop_path)
+        self.dense, self.masking, self.min_block = student == "dense", masking, min_block
+        self.normalize, self.token_weight = normalize, token_weight
+        self.matching = dict(protect_first=protect_first, average=average, split=split)
+        self.scoring = dict(loss=loss, beta=beta, group_weight=group_weight)
+        patches = self.grid[0] * self.grid[1]
+        self.count = int(patches * mask_ratio)                                  # how many are hidden
+        self.scored = patches if self.dense else patches - self.count           # S, how many are compared
+        self.mask_noise = 4 * (6 + self.grid[0]) + patches                      # so many tries are enough at 0.4
+        self.noise_width = self.mask_noise + 2 * depth                          # random numbers for a picture
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if self.dense else None
+        self.distill_head = nn.Linear(embed_dim, target_dim)
+        self.init_weights()
+
+    def masks(self, noise):
+        """Noise (B, mask_noise or more) -> kept (B, K) and hidden (B, N - K) patch numbers."""
+        return MASKING[self.masking](noise[:, :self.mask_noise], self.grid, self.count, self.min_block)
+
+    def features(self, images, teacher, noise):
+        """Prediction and target (B, S, E), fp32: of all patches in order, or of the kept by a sparse student;
+        and which patches are hidden (B, N - K)."""
+        patches = patchify(images, self.patch_size)                             # (B, N, P*P*3)
+        kept, hidden = self.masks(noise)
+        drops = noise[:, self.mask_noise:].unflatten(1, (-1, 2)) if noise.shape[1] > self.mask_noise else None
+        visible = self.patch_embed(take(patches, kept))                         # (B, K, D)
+        if self.dense:
+            x = self.mask_token.expand(*patches.shape[:2], -1)                  # (B, N, D)
+            x = x.scatter(1, kept.unsqueeze(-1).expand_as(visible), visible.to(x.dtype))
+            scored = torch.arange(patches.shape[1], device=images.device).expand(len(images), -1)
+            tokens = self.layers(x, None, drops)[-1][:, 1:]                     # (B, S, D)
+        else:
+            scored, tokens = kept, self.layers(visible, kept, drops)[-1][:, 1:]
+        online = self.distill_head(self.norm(tokens)).float()                   # (B, S, E)
+        with torch.no_grad():
+            return online, NORMALIZE[self.normalize](teacher(images, scored).float()), hidden
+
+    def forward(self, images, teacher, noise=None, drawn=((),), generator=None):
+        """images (B, 3, H, W), normalised; teacher: (images, patch numbers (B, S)) -> features (B, S, E);
+        noise (B, noise_width) in [0, 1) decides masks and drops; (B, mask_noise): nothing is dropped;
+        drawn: for each morphing its schedule, how many tokens each round merges; generator: for random splits.
+
+        Returns the loss, the prediction and the target (B, S, E)."""
+        if noise is None:
+            noise = torch.rand(len(images), self.noise_width, device=images.device)
+        online, target, hidden = self.features(images, teacher, noise)
+        loss = 0.0
+        for rounds in drawn:
+            labels, _, weights = match(target, rounds, **self.matching, generator=generator)
+            loss = loss + morph_loss(online, target, labels, None, weights, **self.scoring) / len(drawn)
+        if self.token_weight:
+            pair = (online, target)
+            if self.dense and self.count:                # as maskdistill.py: of the hidden only
+                pair = (take(x, hidden) for x in pair)
+            loss = loss + self.token_weight * token_loss(*pair, **self.scoring)
+        return loss, online, target
+
+
+def build(cfg: Config, target_dim: int = 1) -> DTM:
+    """The untrained model of a configuration; the seed decides its weights.
+
+    target_dim: the teacher's width E; who wants the encoder alone need not know it."""
+    torch.manual_seed(cfg.seed)
+    model = DTM(cfg.image_size, cfg.patch_size, cfg.embed_dim, cfg.depth, cfg.num_heads, target_dim, cfg.mlp_ratio,
+                cfg.mask_ratio, cfg.masking, cfg.min_block, cfg.student, cfg.normalize, cfg.loss, cfg.beta, cfg.split,
+                cfg.average, cfg.group_weight, cfg.protect_first, cfg.token_weight, cfg.layer_scale, cfg.drop_path)
+    if cfg.teacher == "momentum":                        # the student's average; in its checkpoint
+        average = VisionTransformer(cfg.image_size, cfg.patch_size, cfg.embed_dim, cfg.depth, cfg.num_heads,
+                                    cfg.mlp_ratio, cfg.student == "dense", cfg.layer_scale)
+        average.load_state_dict({name: model.state_dict()[name] for name in average.state_dict()})
+        model.momentum = Teacher(average, feature="blocks")
+    return model
+
+
+@torch.no_grad()
+def follow(model: DTM, decay: float):
+    """Momentum: move the average of the student, average <- decay average + (1 - decay) student."""
+    ours = dict(model.named_parameters())
+    for name, average in model.momentum.vit.named_parameters():
+        average.lerp_(ours[name], 1 - decay)
+
+
+def schedules(cfg: Config, tokens: int, step: int, morphs: int) -> list[list[int]]:
+    """The schedules of a step's morphings: the same on all processes, so that none waits for another's
+    rounds (released: each draws its own). No morphing: one of no rounds, which compares token by token."""
+    generators = (random.Random(common.mix(cfg.seed, step, i)) for i in range(morphs))
+    return [draw_schedule(tokens, cfg.most_rounds, rng, cfg.schedule) for rng in generators] or [[]]
+
+
+@torch.no_grad()
+def picture(model: DTM, teacher, images, noise, rounds, path):
+    """Write images (B, 3, H, W), normalised, what the student sees of them, how well it does, and the
+    groups that one schedule makes, each in a colour; single tokens stay as they are."""
+    online, target, _ = DTM.features(model, images, teacher, noise)             # never compiled: it runs seldom
+    labels, n, _ = match(target, rounds, **model.matching, generator=torch.Generator(images.device).manual_seed(0))
+    cosine = F.cosine_similarity(online, target, dim=-1).clamp(0, 1).unsqueeze(-1)             # (B, S, 1)
+    patches, (kept, hidden) = patchify(images, model.patch_size), model.masks(noise)
+    rows = lambda index: index.unsqueeze(-1).expand(-1, -1, patches.shape[-1])
+    scored = torch.arange(patches.shape[1], device=images.device).expand(len(images), -1) if model.dense else kept
+    colours = torch.tensor([(30, 30, 110), (255, 230, 60)], device=images.device)
+    cold, warm = (common.flat(colour, model.patch_size) for colour in colours)
+    palette = torch.randint(0, 256, (n, 3), generator=torch.Generator().manual_seed(0)).to(images.device)
+    alone = take(gathered(torch.ones_like(cosine), labels, n), labels) == 1     # (B, S, 1)
+    mine = take(patches, scored)
+    groups = torch.where(alone, mine, 0.4 * mine + 0.6 * common.flat(palette[labels], model.patch_size))
+    show = lambda x: unpatchify(x, model.patch_size, model.grid)
+    common.save_rows(path, {
+        "original": images, "masked": show(patches.scatter(1, rows(hidden), 0.0)),
+        "cosine of prediction and target: blue 0, yellow 1":
+            show(patches.scatter(1, rows(scored), cold + cosine * (warm - cold))),
+        f"{n} groups of the teacher's tokens": show(patches.scatter(1, rows(scored), groups))})
+
+
+@torch.no_grad()
+def measure(model: DTM, teacher, images, noise, drawn) -> dict:
+    """What morphing does to the tokens of images: both losses of the same output, how many groups remain,
+    and the cosine of the teacher's tokens side by side, before and after (of all patches)."""
+    online, target, _ = DTM.features(model, images, teacher, noise)
+    result = dict(morphed_loss=0.0, token_loss=token_loss(online, target, **model.scoring).item(), groups=0.0)
+    tokens, after = target, 0.0
+    if not model.dense:
+        everything = torch.arange(model.grid[0] * model.grid[1], device=images.device).expand(len(images), -1)
+        tokens = NORMALIZE[model.normalize](teacher(images, everything).float())
+    generator = torch.Generator(images.device).manual_seed(0)
+    for rounds in drawn:
+        labels, n, weights = match(target, rounds, **model.matching, generator=generator)
+        result["morphed_loss"] += morph_loss(online, target, labels, n, weights, **model.scoring).item() / len(drawn)
+        result["groups"] += n / len(drawn)
+        if not model.dense:
+            labels, n, weights = match(tokens, rounds, **model.matching, generator=generator)
+        after += neighbour_cosine(morph(tokens, labels, n, weights), model.grid) / len(drawn)
+    return result | dict(neighbour_cosine=neighbour_cosine(tokens, model.grid), neighbour_cosine_morphed=after)
+
+
+def neighbour_cosine(tokens, grid: tuple[int, int]) -> float:
+    """Mean cosine of tokens (B, N, C) side by side, or one above the other, on their grid."""
+    x = F.normalize(tokens, dim=-1).unflatten(1, grid)                          # (B, h, w, C)
+    pairs = (x[:, 1:] * x[:, :-1]), (x[:, :, 1:] * x[:, :, :-1])
+    return torch.cat([pair.sum(dim=-1).flatten() for pair in pairs]).mean().item()
+
+
+# ---------------------------------------------------------------------------------------- training
+def train(cfg: Config) -> dict:
+    """Pre-train and measure the encoder; returns the last line of metrics.jsonl."""
+    device = common.start(cfg.seed)
+    data = common.open_data(cfg.data, cfg.data_root, cfg.seed)
+    count = int((cfg.image_size // cfg.patch_size) ** 2 * cfg.mask_ratio)
+    if cfg.masking == "block" and 0 < count < cfg.min_block:
+        raise common.UserError(f"min_block {cfg.min_block} is more than the {count} hidden patches")
+    if cfg.protect_first and cfg.student == "sparse":
+        raise common.UserError("protect_first is about the first patch, which a sparse student may not see")
+    teacher, target_dim = open_teacher(cfg, data, device)
+    if cfg.teacher_norm == "student" and isinstance(teacher, Teacher):
+        teacher.scale.fill_(1.0), teacher.shift.zero_()
+    data.pretrain.transform = common.augment(cfg.image_size, cfg.crop_scale, cfg.color_jitter)
+    model = build(cfg, target_dim).to(device)
+    teacher = model.momentum if cfg.teacher == "momentum" else teacher
+    optimizer = torch.optim.AdamW(common.parameter_groups(model, cfg.weight_decay, ("cls_token",)),
+                                  betas=(0.9, 0.98), fused=True)
+    steps_per_epoch, peak_lr = common.plan(cfg, len(data.pretrain))
+    run = common.Run("dtm", cfg, model, optimizer, steps_per_epoch)
+    patches = model.grid[0] * model.grid[1]
+    common.say(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters, "
+               f"{model.count} of {patches} patches hidden, targets of width {target_dim}")
+    if cfg.compile:                                      # not `match`: its shapes differ from step to step
+        model.features = torch.compile(model.features)
+    network = DistributedDataParallel(model) if common.world() > 1 else model
+    amp = common.autocast(device, cfg.precision)
+    sample = common.sample(data.test or data.pretrain, cfg.image_size, 64, device)
+    sample_noise = torch.rand(64, model.mask_noise, generator=torch.Generator().manual_seed(0)).to(device)
+    sample_schedules = schedules(cfg, model.scored, 0, 16)
+    halving = min(sample_schedules, key=lambda rounds: abs(2 * sum(rounds) - model.scored))
+    score = lambda: measure(model, teacher, sample, sample_noise, sample_schedules)
+    order = common.Batches(cfg, len(data.pretrain), run.first, run.last)
+    batches = iter(common.loader(data.pretrain, order, cfg.workers))
+
+    for step in run.steps():
+        lr = common.learning_rate(step, cfg.warmup_epochs * steps_per_epoch, run.total, peak_lr, cfg.min_lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        step_loss, drawn = 0.0, schedules(cfg, model.scored, step, cfg.morphs)
+        for part, noise in enumerate(common.uniform(cfg, step, model.noise_width, device)):
+            images = common.to_device(next(batches)[0], device)
+            split = torch.Generator(device).manual_seed(common.mix(cfg.seed, step, cfg.morphs))      # one for all parts
+            waits = common.world() > 1 and part < cfg.accumulate - 1    # gradients travel once a step
+            with network.no_sync() if waits else contextlib.nullcontext():
+                with amp:
+                    loss, *_ = network(images, teacher, noise, drawn, split)
+                (loss / cfg.accumulate).backward()
+            step_loss += loss.detach() / cfg.accumulate
+        nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        if cfg.teacher == "momentum":
+            follow(model, cfg.momentum)
+        if run.end_step(step, step_loss, lr, score) and common.rank() == 0:
+            picture(model, teacher, sample[:8], sample_noise[:8], halving, run.folder / "similarity.png")
+
+    encoder = {name: value for name, value in model.state_dict().items()
+               if not name.startswith(model.thrown_away)}
+    encoders = {"pixels": common.shrunk_pixels, "trained": common.mean_token(model),
+                "untrained": common.mean_token(build(cfg, target_dim).to(device))}
+    if isinstance(teacher, Teacher):
+        everything = torch.arange(patches, device=device)
+        encoders["teacher"] = lambda images: teacher(images, everything.expand(len(images), -1)).mean(dim=1)
+    shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in (run.scores or score()).items())
+    common.say(f"on 64 pictures: {shown}")
+    metrics = run.finish(encoder, encoders, data)
+    common.say(f"try next: python evaluate.py linear --checkpoint {run.folder}/checkpoint.pt --data {cfg.data}")
+    return metrics
 
 
 # ------------------------------------------------------------ teachers (the same text in maskdistill.py)
@@ -543,6 +731,22 @@ CLIP_NAMES = {                                           # OpenAI's vision tower
     "visual.transformer.resblocks.": "blocks.", ".ln_1.": ".norm1.", ".ln_2.": ".norm2.",
     ".attn.in_proj_": ".attn.qkv.", ".attn.out_proj.": ".attn.proj.", ".mlp.c_fc.": ".mlp.fc1.",
     ".mlp.c_proj.": ".mlp.fc2."}
+
+
+def hog(images, patch_size: int, bins: int = 9):
+    """Histograms of oriented gradients: images (B, 3, H, W) -> (B, N, 2 * 2 * 3 * bins).
+
+    Each patch is 2 x 2 cells. In a cell and colour, every pixel votes for the direction of its gradient
+    (of half a turn) with its length; the bins of a cell and colour together have length 1. As MaskFeat's,
+    but with plain differences of neighbours and no Gaussian window."""
+    x = F.pad(images, (1, 1, 1, 1), mode="reflect")
+    dx, dy = x[..., 1:-1, 2:] - x[..., 1:-1, :-2], x[..., 2:, 1:-1] - x[..., :-2, 1:-1]
+    turn = torch.atan2(dy, dx) / torch.pi % 1                                   # (B, 3, H, W)
+    which = (turn * bins).long().clamp(max=bins - 1).unsqueeze(2)
+    length = (dx.square() + dy.square()).sqrt().unsqueeze(2)
+    votes = images.new_zeros(*images.shape[:2], bins, *images.shape[2:]).scatter_(2, which, length)
+    cells = F.avg_pool2d(votes.flatten(1, 2), patch_size // 2)                   # (B, 3 * bins, 2h, 2w)
+    return patchify(F.normalize(cells.unflatten(1, (3, bins)), dim=2).flatten(1, 2), 2)
 
 
 class Teacher(nn.Module):
@@ -588,30 +792,6 @@ def download(name: str) -> Path:
     return path
 
 
-def read_weights(path: Path, trust: bool) -> dict:
-    """All that a file of weights holds. Raises UserError.
-
-    CLIP was published as TorchScript, which is a program; others than OpenAI's own need `trust`."""
-    try:
-        if zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()):
-            known = {digest for _, digest in RELEASED.values()}
-            if not trust and hashlib.sha256(path.read_bytes()).hexdigest() not in known:
-                raise common.UserError(f"{path} is TorchScript, a program, and not one that OpenAI published; "
-                                       "--trust runs it")
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)                  # TorchScript is deprecated
-                return torch.jit.load(str(path), map_location="cpu").state_dict()
-        with torch.serialization.safe_globals([argparse.Namespace]):            # in official checkpoints
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise common.UserError(f"no file {path}; --teacher is one of {', '.join(TEACHERS)}, "
-                               "or a file of weights") from error
-    except common.UserError:
-        raise
-    except Exception as error:                           # zip, pickle or torch, according to the file
-        raise common.UserError(f"{path} is no file of weights: {common.why(error)}") from error
-
-
 def clip_to_timm(state: dict) -> dict:
     """The vision tower of an OpenAI CLIP state dict in timm's names and shapes, and its `proj` (D, E)."""
     found = {}
@@ -630,8 +810,7 @@ def load_teacher(path: Path, grid: tuple[int, int], feature="post", trust=False)
     patches is `grid`: its position table is resized. Raises UserError unless the weights fit exactly.
 
     Other CLIPs have OpenAI's names, too, but often GELU or other heads: these would load and be wrong."""
-    saved = read_weights(path, trust)
-    state = saved
+    state = saved = common.read_file(path, trust, {digest for _, digest in RELEASED.values()})
     for key in ("model", "state_dict", "teacher"):       # ours, MAE; timm; DINO with both networks
         state = state.get(key, state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(n, str) and torch.is_tensor(v) for n, v in state.items()):
@@ -643,9 +822,6 @@ def load_teacher(path: Path, grid: tuple[int, int], feature="post", trust=False)
     if "patch_embed.proj.weight" not in state:
         raise common.UserError(f"{path} holds neither CLIP's vision tower nor a ViT in timm's names, "
                                f"but {sorted(state)[:3]}")
-    if "blocks.0.rel_pos_bias.relative_position_bias_table" in state:
-        raise common.UserError(f"{path} is fine-tuned, with a table of positions for each block; take the "
-                               "pre-training's checkpoint.pt")
     # what is no encoder's
     other = ("decoder", "mask_token", "head.", "distill_head", "momentum", "text", "image_proj", "logit_scale")
     state = {name.replace("fc_norm.", "norm."): value for name, value in state.items() if not name.startswith(other)}
@@ -654,8 +830,12 @@ def load_teacher(path: Path, grid: tuple[int, int], feature="post", trust=False)
         raise common.UserError(f"{path} has no projection, which --teacher-feature proj asks for")
     try:
         width, _, _, patch_size = state["patch_embed.proj.weight"].shape
-        heads = {size[0]: size[2] for name, size in SIZES.items() if name != "micro"}.get(width)
-        heads = width // 64 if clip else saved["config"]["num_heads"] if "method" in saved else heads
+        if clip:
+            heads = width // 64
+        elif "method" in saved:                          # ours: it says so
+            heads = saved["config"]["num_heads"]
+        else:
+            heads = {size[0]: size[2] for name, size in SIZES.items() if name != "micro"}.get(width)
         if not heads:
             raise common.UserError(f"{path} does not tell how many heads it has at width {width}; "
                                    "checkpoint.pt of a run does")
@@ -718,12 +898,9 @@ def train_teacher(cfg: Config, data, device) -> Path:
     labels; a run of its own in the student's folder, teacher/, of which the checkpoint is returned."""
     if data.train is None:
         raise common.UserError("--teacher self learns labels, and there are none: class folders, or another --teacher")
-    same = ("data", "data_root", "preset", "model", "embed_dim", "depth", "num_heads", "mlp_ratio", "image_size",
-            "patch_size", "crop_scale", "color_jitter", "batch_size", "accumulate", "seed", "workers",
-            "precision", "compile", "resume", "save_every", "log_every")
-    cfg = Config(**{name: getattr(cfg, name) for name in same}, output=f"{cfg.output}/teacher",
-                 student="sparse", layer_scale=0.0,      # so that evaluate.py builds a plain ViT for it
-                 epochs=cfg.teacher_epochs, base_lr=cfg.teacher_lr, warmup_epochs=0.1 * cfg.teacher_epochs)
+    cfg = replace(cfg, output=f"{cfg.output}/teacher", epochs=cfg.teacher_epochs, base_lr=cfg.teacher_lr,
+                  warmup_epochs=0.1 * cfg.teacher_epochs, max_steps=0,
+                  student="sparse", layer_scale=0.0)     # so that evaluate.py builds a plain ViT for it
     common.say(f"first the teacher, on labels; --teacher {cfg.output}/checkpoint.pt will take it for other runs")
     torch.manual_seed(cfg.seed)
     model = Classifier(cfg.image_size, cfg.patch_size, cfg.embed_dim, cfg.depth, cfg.num_heads, cfg.mlp_ratio,
@@ -781,237 +958,10 @@ def open_teacher(cfg: Config, data, device):
         path = train_teacher(cfg, data, device)
     else:
         path = download(cfg.teacher) if cfg.teacher in RELEASED else Path(cfg.teacher)
+        if not path.is_file():
+            raise common.UserError(f"no file {path}; --teacher is one of {', '.join(TEACHERS)}, or a file of weights")
     teacher = load_teacher(path, grid, cfg.teacher_feature, cfg.trust)
     return teacher.to(device), teacher.width
-
-
-# -------------------------------------------------------------------------------------------- DTM
-class DTM(VisionTransformer):
-    thrown_away = ("distill_head", "mask_token", "momentum")     # after pre-training: how these names begin
-
-    def __init__(self, image_size, patch_size, embed_dim, depth, num_heads, target_dim, mlp_ratio=4.0, mask_ratio=0.383,
-                 masking="block", min_block=16, student="dense", normalize="none", loss="smooth_l1", beta=2.0,
-                 split="alternating", average="size", group_weight="size", protect_first=False, token_weight=0.0,
-                 layer_scale=0.1, drop_path=0.0):
-        super().__init__(image_size, patch_size, embed_dim, depth, num_heads, mlp_ratio, student == "dense",
-                         layer_scale, drop_path)
-        self.dense, self.masking, self.min_block = student == "dense", masking, min_block
-        self.normalize, self.token_weight = normalize, token_weight
-        self.matching = dict(protect_first=protect_first, average=average, split=split)
-        self.scoring = dict(loss=loss, beta=beta, group_weight=group_weight)
-        self.predict, self.compare = self.features, morph_loss                  # what `train` may compile
-        patches = self.grid[0] * self.grid[1]
-        self.count = int(patches * mask_ratio)                                  # how many are hidden
-        self.scored = patches if self.dense else patches - self.count           # S, how many are compared
-        self.mask_noise = 4 * (6 + self.grid[0]) + patches                      # so many tries are enough at 0.4
-        self.noise_width = self.mask_noise + 2 * depth                          # random numbers for a picture
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if self.dense else None
-        self.distill_head = nn.Linear(embed_dim, target_dim)
-        self.init_weights()
-
-    def masks(self, noise):
-        """Noise (B, mask_noise or more) -> kept (B, K) and hidden (B, N - K) patch numbers."""
-        return MASKING[self.masking](noise[:, :self.mask_noise], self.grid, self.count, self.min_block)
-
-    def features(self, images, teacher, noise):
-        """Prediction and target (B, S, E), fp32: of all patches in order, or of the kept by a sparse student;
-        and which patches are hidden (B, N - K)."""
-        patches = patchify(images, self.patch_size)                             # (B, N, P*P*3)
-        kept, hidden = self.masks(noise)
-        drops = noise[:, self.mask_noise:].unflatten(1, (-1, 2)) if noise.shape[1] > self.mask_noise else None
-        visible = self.patch_embed(take(patches, kept))                         # (B, K, D)
-        if self.dense:
-            x = self.mask_token.expand(*patches.shape[:2], -1)                  # (B, N, D)
-            x = x.scatter(1, kept.unsqueeze(-1).expand_as(visible), visible.to(x.dtype))
-            scored = torch.arange(patches.shape[1], device=images.device).expand(len(images), -1)
-            tokens = self.layers(x, None, drops)[-1][:, 1:]                     # (B, S, D)
-        else:
-            scored, tokens = kept, self.layers(visible, kept, drops)[-1][:, 1:]
-        online = self.distill_head(self.norm(tokens)).float()                   # (B, S, E)
-        with torch.no_grad():
-            return online, NORMALIZE[self.normalize](teacher(images, scored).float()), hidden
-
-    def forward(self, images, teacher, noise=None, drawn=((),), generator=None):
-        """images (B, 3, H, W), normalised; teacher: (images, patch numbers (B, S)) -> features (B, S, E);
-        noise (B, noise_width) in [0, 1) decides masks and drops; (B, mask_noise): nothing is dropped;
-        drawn: for each morphing its schedule, how many tokens each round merges; generator: for random splits.
-
-        Returns the loss, the prediction and the target (B, S, E)."""
-        if noise is None:
-            noise = torch.rand(len(images), self.noise_width, device=images.device)
-        online, target, hidden = self.predict(images, teacher, noise)
-        loss = 0.0
-        for rounds in drawn:
-            labels, _, weights = match(target, rounds, **self.matching, generator=generator)
-            loss = loss + self.compare(online, target, labels, None, weights, **self.scoring) / len(drawn)
-        if self.token_weight:
-            pair = (online, target)
-            if self.dense and self.count:                # as maskdistill.py: of the hidden only
-                pair = (take(x, hidden) for x in pair)
-            loss = loss + self.token_weight * token_loss(*pair, **self.scoring)
-        return loss, online, target
-
-
-def build(cfg: Config, target_dim: int = 1) -> DTM:
-    """The untrained model of a configuration; the seed decides its weights.
-
-    target_dim: the teacher's width E; who wants the encoder alone need not know it."""
-    torch.manual_seed(cfg.seed)
-    model = DTM(cfg.image_size, cfg.patch_size, cfg.embed_dim, cfg.depth, cfg.num_heads, target_dim, cfg.mlp_ratio,
-                cfg.mask_ratio, cfg.masking, cfg.min_block, cfg.student, cfg.normalize, cfg.loss, cfg.beta, cfg.split,
-                cfg.average, cfg.group_weight, cfg.protect_first, cfg.token_weight, cfg.layer_scale, cfg.drop_path)
-    if cfg.teacher == "momentum":                        # the student's average; in its checkpoint
-        average = VisionTransformer(cfg.image_size, cfg.patch_size, cfg.embed_dim, cfg.depth, cfg.num_heads,
-                                    cfg.mlp_ratio, cfg.student == "dense", cfg.layer_scale)
-        average.load_state_dict({name: model.state_dict()[name] for name in average.state_dict()})
-        model.momentum = Teacher(average, feature="blocks")
-    return model
-
-
-def follow(model: DTM, decay: float):
-    """Momentum: move the average of the student, average <- decay average + (1 - decay) student."""
-    ours = dict(model.named_parameters())
-    names, averages = zip(*model.momentum.vit.named_parameters())
-    get_ema_multi_avg_fn(decay)(averages, [ours[name] for name in names], 1)    # 1: not the first, unused
-
-
-def schedules(cfg: Config, tokens: int, step: int, morphs: int) -> list[list[int]]:
-    """The schedules of a step's morphings: the same on all processes, so that none waits for another's
-    rounds (released: each draws its own). No morphing: one of no rounds, which compares token by token."""
-    generators = (random.Random(common.mix(cfg.seed, step, i)) for i in range(morphs))
-    return [draw_schedule(tokens, cfg.most_rounds, rng, cfg.schedule) for rng in generators] or [[]]
-
-
-def mean_token(model: DTM):
-    """The feature that k-NN compares: the mean of a picture's patch tokens, images -> (B, D)."""
-    return lambda images: model.encode(images)[:, 1:].mean(dim=1)
-
-
-def flat(colours, patch_size: int):
-    """Colours (..., 3) of 0 to 255 -> normalised patches of one colour (..., P*P*3)."""
-    mean, std = (v.flatten() for v in common.mean_std(colours.device))
-    return ((colours / 255 - mean) / std).tile((patch_size ** 2,))
-
-
-@torch.no_grad()
-def picture(model: DTM, teacher, images, noise, rounds, path):
-    """Write images (B, 3, H, W), normalised, what the student sees of them, how well it does, and the
-    groups that one schedule makes, each in a colour; single tokens stay as they are."""
-    online, target, _ = model.features(images, teacher, noise)                  # never compiled: it runs seldom
-    labels, n, _ = match(target, rounds, **model.matching, generator=torch.Generator(images.device).manual_seed(0))
-    cosine = F.cosine_similarity(online, target, dim=-1).clamp(0, 1).unsqueeze(-1)             # (B, S, 1)
-    patches, (kept, hidden) = patchify(images, model.patch_size), model.masks(noise)
-    rows = lambda index: index.unsqueeze(-1).expand(-1, -1, patches.shape[-1])
-    scored = torch.arange(patches.shape[1], device=images.device).expand(len(images), -1) if model.dense else kept
-    colours = torch.tensor([(30, 30, 110), (255, 230, 60)], device=images.device)
-    cold, warm = (flat(colour, model.patch_size) for colour in colours)
-    palette = torch.randint(0, 256, (n, 3), generator=torch.Generator().manual_seed(0)).to(images.device)
-    alone = take(gathered(torch.ones_like(cosine), labels, n), labels) == 1     # (B, S, 1)
-    mine = take(patches, scored)
-    groups = torch.where(alone, mine, 0.4 * mine + 0.6 * flat(palette[labels], model.patch_size))
-    show = lambda x: unpatchify(x, model.patch_size, model.grid)
-    common.save_rows(path, {
-        "original": images, "masked": show(patches.scatter(1, rows(hidden), 0.0)),
-        "cosine of prediction and target: blue 0, yellow 1":
-            show(patches.scatter(1, rows(scored), cold + cosine * (warm - cold))),
-        f"{n} groups of the teacher's tokens": show(patches.scatter(1, rows(scored), groups))})
-
-
-@torch.no_grad()
-def measure(model: DTM, teacher, images, noise, drawn) -> dict:
-    """What morphing does to the tokens of images: both losses of the same output, how many groups remain,
-    and the cosine of the teacher's tokens side by side, before and after (of all patches)."""
-    online, target, _ = model.features(images, teacher, noise)
-    result = dict(morphed_loss=0.0, token_loss=token_loss(online, target, **model.scoring).item(), groups=0.0)
-    tokens, after = target, 0.0
-    if not model.dense:
-        everything = torch.arange(model.grid[0] * model.grid[1], device=images.device).expand(len(images), -1)
-        tokens = NORMALIZE[model.normalize](teacher(images, everything).float())
-    generator = torch.Generator(images.device).manual_seed(0)
-    for rounds in drawn:
-        labels, n, weights = match(target, rounds, **model.matching, generator=generator)
-        result["morphed_loss"] += morph_loss(online, target, labels, n, weights, **model.scoring).item() / len(drawn)
-        result["groups"] += n / len(drawn)
-        if not model.dense:
-            labels, n, weights = match(tokens, rounds, **model.matching, generator=generator)
-        after += neighbour_cosine(morph(tokens, labels, n, weights), model.grid) / len(drawn)
-    return result | dict(neighbour_cosine=neighbour_cosine(tokens, model.grid), neighbour_cosine_morphed=after)
-
-
-def neighbour_cosine(tokens, grid: tuple[int, int]) -> float:
-    """Mean cosine of tokens (B, N, C) side by side, or one above the other, on their grid."""
-    x = F.normalize(tokens, dim=-1).unflatten(1, grid)                          # (B, h, w, C)
-    pairs = (x[:, 1:] * x[:, :-1]), (x[:, :, 1:] * x[:, :, :-1])
-    return torch.cat([pair.sum(dim=-1).flatten() for pair in pairs]).mean().item()
-
-
-# ---------------------------------------------------------------------------------------- training
-def train(cfg: Config) -> dict:
-    """Pre-train and measure the encoder; returns the last line of metrics.jsonl."""
-    device = common.start(cfg.seed)
-    data = common.open_data(cfg.data, cfg.data_root, cfg.seed)
-    count = int((cfg.image_size // cfg.patch_size) ** 2 * cfg.mask_ratio)
-    if cfg.masking == "block" and 0 < count < cfg.min_block:
-        raise common.UserError(f"min_block {cfg.min_block} is more than the {count} hidden patches")
-    teacher, target_dim = open_teacher(cfg, data, device)
-    if cfg.teacher_norm == "student" and isinstance(teacher, Teacher):
-        teacher.scale.fill_(1.0), teacher.shift.zero_()
-    data.pretrain.transform = common.augment(cfg.image_size, cfg.crop_scale, cfg.color_jitter)
-    model = build(cfg, target_dim).to(device)
-    teacher = model.momentum if cfg.teacher == "momentum" else teacher
-    optimizer = torch.optim.AdamW(common.parameter_groups(model, cfg.weight_decay, ("cls_token",)),
-                                  betas=(0.9, 0.98), fused=True)
-    steps_per_epoch, peak_lr = common.plan(cfg, len(data.pretrain))
-    run = common.Run("dtm", cfg, model, optimizer, steps_per_epoch)
-    patches = model.grid[0] * model.grid[1]
-    common.say(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters, "
-               f"{model.count} of {patches} patches hidden, targets of width {target_dim}")
-    if cfg.compile:                                      # not `match`: its shapes differ from step to step
-        model.predict, model.compare = torch.compile(model.features), torch.compile(morph_loss)
-    network = DistributedDataParallel(model) if common.world() > 1 else model
-    amp = common.autocast(device, cfg.precision)
-    sample = common.sample(data.test or data.pretrain, cfg.image_size, 64, device)
-    sample_noise = torch.rand(64, model.mask_noise, generator=torch.Generator().manual_seed(0)).to(device)
-    sample_schedules = schedules(cfg, model.scored, 0, 16)
-    halving = min(sample_schedules, key=lambda rounds: abs(2 * sum(rounds) - model.scored))
-    score = lambda: measure(model, teacher, sample, sample_noise, sample_schedules)
-    order = common.Batches(cfg, len(data.pretrain), run.first, run.last)
-    batches = iter(common.loader(data.pretrain, order, cfg.workers))
-
-    for step in run.steps():
-        lr = common.learning_rate(step, cfg.warmup_epochs * steps_per_epoch, run.total, peak_lr, cfg.min_lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        step_loss, drawn = 0.0, schedules(cfg, model.scored, step, cfg.morphs)
-        for part, noise in enumerate(common.uniform(cfg, step, model.noise_width, device)):
-            images = common.to_device(next(batches)[0], device)
-            split = torch.Generator(device).manual_seed(common.mix(cfg.seed, step, cfg.morphs))
-            waits = common.world() > 1 and part < cfg.accumulate - 1    # gradients travel once a step
-            with network.no_sync() if waits else contextlib.nullcontext():
-                with amp:
-                    loss, *_ = network(images, teacher, noise, drawn, split)
-                (loss / cfg.accumulate).backward()
-            step_loss += loss.detach() / cfg.accumulate
-        nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_grad)
-        optimizer.step()
-        optimizer.zero_grad()
-        if cfg.teacher == "momentum":
-            follow(model, cfg.momentum)
-        if run.end_step(step, step_loss, lr, score) and common.rank() == 0:
-            picture(model, teacher, sample[:8], sample_noise[:8], halving, run.folder / "similarity.png")
-
-    encoder = {name: value for name, value in model.state_dict().items()
-               if not name.startswith(model.thrown_away)}
-    encoders = {"pixels": common.shrunk_pixels, "trained": mean_token(model),
-                "untrained": mean_token(build(cfg, target_dim).to(device))}
-    if isinstance(teacher, Teacher):
-        everything = torch.arange(patches, device=device)
-        encoders["teacher"] = lambda images: teacher(images, everything.expand(len(images), -1)).mean(dim=1)
-    shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in score().items())
-    common.say(f"on 64 pictures: {shown}")
-    metrics = run.finish(encoder, encoders, data)
-    common.say(f"try next: python evaluate.py linear --checkpoint {run.folder}/checkpoint.pt --data {cfg.data}")
-    return metrics
 
 
 def main(argv=None) -> dict:

@@ -24,7 +24,7 @@ width.
 Against mae.py: no decoder; a text tower; pictures with captions; negatives from all processes.
 
     python flip.py                                    # drawn shapes, no download, 40 s on 2 CPU cores:
-        zero-shot, 64 classes, 2000 pictures, chance 1.6 %: top-1 55.5 %, seen 61.7 %, held out 28.2 %, top5 97.9 %
+        zero-shot, 64 classes, 2000 pictures, chance 1.6 %: top-1 55.5 %, seen 61.7 %, held out 28.2 %, top-5 97.9 %
     python flip.py --preset shapes-tune --init runs/flip-shapes/checkpoint.pt       # a little more, with whole pictures
     python flip.py --zero-shot runs/flip-shapes/checkpoint.pt
     python flip.py --zero-shot ViT-B-16.pt --trust --towers clip --vocab bpe_simple_vocab_16e6.txt.gz --data imagenet
@@ -53,8 +53,6 @@ import re
 import sys
 import tarfile
 import unicodedata
-import warnings
-import zipfile
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -135,22 +133,18 @@ class Config:
             setattr(self, field, getattr(self, field) or size)
         self.text_length = self.text_length or (32 if self.vocab.endswith(".txt") else 77)
         self.vocab_size = self.vocab_size or open_vocabulary(self.vocab).size
-        for field, least in dict(**dict.fromkeys(SIZE_FIELDS, 1), patch_size=1,
-                                 batch_size=1, accumulate=1, epochs=1, log_every=1, text_length=2, shuffle=1,
-                                 seed=0, workers=0, max_steps=0, save_every=0, knn_pictures=0, epoch_pairs=0,
-                                 reconstruction=0).items():
-            if getattr(self, field) < least:
-                raise common.UserError(f"{field} is {getattr(self, field)}, at least {least} is needed")
-        for part, whole in (("patch_size", "image_size"), ("num_heads", "embed_dim"), ("text_heads", "text_width")):
-            if getattr(self, whole) % getattr(self, part):
-                raise common.UserError(f"{part} {getattr(self, part)} does not divide {whole} {getattr(self, whole)}")
-        if self.embed_dim % (8 if self.reconstruction else 4):                  # the decoder has half the width
-            raise common.UserError("embed_dim must be a multiple of 4, with --reconstruction of 8")
+        common.check(self, ("text_heads", "text_width"), text_width=1, text_depth=1, text_heads=1, proj_dim=1,
+                     text_length=2, shuffle=1, epoch_pairs=0, reconstruction=0)
+        if self.embed_dim % 4:
+            raise common.UserError("embed_dim must be a multiple of 4")
+        if self.reconstruction and self.embed_dim % math.lcm(8, 2 * max(1, self.num_heads // 2)):
+            raise common.UserError("the decoder of --reconstruction has half the embed_dim and half the num_heads, "
+                                   "which must divide it, and so must 4")
         patches = (self.image_size // self.patch_size) ** 2
-        if not 0 < int(patches * (1 - self.mask_ratio)) <= patches:
+        if self.mask_ratio < 0 or int(patches * (1 - self.mask_ratio)) < 1:
             raise common.UserError(f"mask_ratio {self.mask_ratio} leaves nothing to see of {patches} patches, "
                                    "or is below 0")
-        if not 0 < int(self.text_length * (1 - self.text_mask_ratio)) <= self.text_length:
+        if self.text_mask_ratio < 0 or int(self.text_length * (1 - self.text_mask_ratio)) < 1:
             raise common.UserError(f"text_mask_ratio {self.text_mask_ratio} leaves nothing of {self.text_length} ids, "
                                    "or is below 0")
         if self.towers != "flip" and (self.text_mask_ratio or not self.text_cls or self.vocab.endswith(".txt")):
@@ -166,8 +160,6 @@ SIZES = {"micro": (64, 2, 4, 64, 2, 2, 64), "tiny": (192, 12, 3, 192, 6, 3, 192)
          "small": (384, 12, 6, 384, 12, 6, 384),                                                     # open_clip's ViT-S
          "base": (768, 12, 12, 512, 12, 8, 512), "large": (1024, 24, 16, 768, 12, 12, 768),
          "huge": (1280, 32, 16, 1024, 24, 16, 1024)}                                                 # table 9
-
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 PAPER = dict(image_size=224, patch_size=16, crop_scale=0.5, mask_ratio=0.5, weight_decay=0.2,     # table 10; crop: code
              workers=12, knn_pictures=20000)
@@ -471,8 +463,8 @@ class FLIP(VisionTransformer):
         return F.normalize(self.text(ids, kept).float(), dim=-1)
 
     def decode(self, latent, kept, hidden):
-        """latent (B, 1 + K, D) -> decoder tokens (B, 1 + N, E): cls, the kept, then the hidden."""
-        x = self.decoder_embed(latent)                                          # (B, 1 + K, E)
+        """latent (B, 1 + K, D) -> decoder tokens (B, 1 + N, D/2): cls, the kept, then the hidden."""
+        x = self.decoder_embed(latent)                                          # (B, 1 + K, D/2)
         x = torch.cat([x, self.mask_token.to(x.dtype).expand(len(x), hidden.shape[1], -1)], dim=1)
         place = F.pad(torch.cat([kept, hidden], dim=1) + 1, (1, 0))             # (B, 1 + N), cls: 0
         x = x + self.decoder_pos_embed[0, place]
@@ -484,11 +476,11 @@ class FLIP(VisionTransformer):
         """Features (B, E) of images and of ids, masked by the noise, and MAE's loss (0. if not asked for)."""
         patches, kept, text_kept, extra = self.patches(images), None, None, 0.0          # (B, N, P*P*3)
         if self.mask_ratio:
-            kept, hidden = random_masking(noise[:, :patches.shape[1]], self.mask_ratio)        # (B, K), (B, M)
+            kept, hidden = random_masking(noise[:, :patches.shape[1]], self.mask_ratio)        # (B, K), (B, N - K)
         latent = self.tokens(patches, kept)                                     # (B, 1 + K, D)
         if self.reconstruction:
-            decoded = self.decode(latent, kept, hidden)[:, 1 + kept.shape[1]:]   # (B, M, decoder width)
-            prediction = self.decoder_pred(self.decoder_norm(decoded))
+            decoded = self.decode(latent, kept, hidden)[:, 1 + kept.shape[1]:]   # (B, N - K, D/2)
+            prediction = self.decoder_pred(self.decoder_norm(decoded))           # (B, N - K, P*P*3)
             extra = reconstruction_loss(prediction, pixel_target(take(patches, hidden), norm_pix=True))
         if self.text_mask_ratio:
             text_kept = text_masking(noise[:, patches.shape[1]:], ids, self.text_mask_ratio, self.text_mask)
@@ -513,6 +505,9 @@ class FLIP(VisionTransformer):
         return loss + self.reconstruction * extra, image, text
 
 
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
 @functools.cache
 def clip_scale(device):
     """(scale, shift), each (3, 1, 1): from our normalisation of pictures to CLIP's."""
@@ -535,11 +530,6 @@ def multiplications(cfg: Config, mask_ratio: float) -> float:
     blocks = lambda n, D, depth, ratio: depth * ((4 + 2 * ratio) * n * D ** 2 + 2 * n ** 2 * D)
     return (3 * K * cfg.patch_size ** 2 * cfg.embed_dim + blocks(1 + K, cfg.embed_dim, cfg.depth, cfg.mlp_ratio)
             + blocks(T, cfg.text_width, cfg.text_depth, 4))
-
-
-def mean_token(model: FLIP):
-    """The feature that k-NN compares: the mean of a picture's patch tokens, images -> (B, D)."""
-    return lambda images: model.encode(images)[:, 1:].mean(dim=1)
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -607,11 +597,12 @@ def train(cfg: Config) -> dict:
     if isinstance(data.pretrain, Shards):
         common.say(f"met in all epochs of this run: {data.pretrain.summary(device)}")
     encoder = {name: value for name, value in model.state_dict().items() if not name.startswith(model.thrown_away)}
-    metrics = run.finish(encoder, {"pixels": common.shrunk_pixels, "trained": mean_token(model),
-                                   "untrained": mean_token(build(cfg).to(device))}, data,
+    metrics = run.finish(encoder, {"pixels": common.shrunk_pixels, "trained": common.mean_token(model),
+                                   "untrained": common.mean_token(build(cfg).to(device))}, data,
                          score(model, source, cfg, tokenizer, device))
-    if cfg.towers != "flip" and cfg.embed_dim == 64 * cfg.num_heads and cfg.text_width == 64 * cfg.text_heads:
-        if common.rank() == 0:                           # of other heads CLIP's names do not tell
+    told = HEADS.get(cfg.embed_dim, cfg.embed_dim // 64), cfg.text_width // 64      # CLIP's names do not tell of heads
+    if cfg.towers != "flip" and told == (cfg.num_heads, cfg.text_heads):
+        if common.rank() == 0:
             common.save_whole(to_clip(model), run.folder / "clip.pt")
         common.say(f"wrote {run.folder}/clip.pt, all weights in CLIP's names")
     common.say(f"try next: python flip.py --zero-shot {run.folder}/checkpoint.pt --data {cfg.data}")
@@ -648,16 +639,15 @@ class WordPieces:
                 or any(first <= ord(c) <= last for first, last in CHINESE))
 
     def pieces(self, word: str) -> list[int]:
-        found, at = [], 0
         if len(word) > 100:
             return [self.unknown]
-        while at < len(word):
-            ends = (end for end in range(len(word), at, -1) if "##" * (at > 0) + word[at:end] in self.number)
-            end = next(ends, None)
+        found, mark = [], ""
+        while word:
+            end = next((end for end in range(len(word), 0, -1) if mark + word[:end] in self.number), None)
             if end is None:
                 return [self.unknown]
-            found.append(self.number["##" * (at > 0) + word[at:end]])
-            at = end
+            found.append(self.number[mark + word[:end]])
+            word, mark = word[end:], "##"
         return found
 
 
@@ -674,30 +664,15 @@ class BytePairs:
         self.number = {symbol: i for i, symbol in enumerate(symbols)}
         self.order = {pair: i for i, pair in enumerate(merges)}
         self.start, self.end, self.size = len(symbols), len(symbols) + 1, len(symbols) + 2
-        self.known = {}
+        numeral = "".join(c for c in map(chr, range(sys.maxunicode)) if unicodedata.category(c)[0] == "N")
+        # endings like 's, runs of letters, single numerals (re has no \p{N}), runs of anything else but spaces
+        self.word = re.compile(rf"'(?:s|t|re|ve|m|ll|d)|[^\W{numeral}_]+|[{numeral}]|(?:[^\s\w]|_)+")
 
     def __call__(self, text: str) -> list[int]:
         text = " ".join(html.unescape(html.unescape(text)).split()).lower()
-        found = []
-        for word in self.words(text):
-            if word not in self.known:
-                if len(self.known) > 2 ** 16:            # the common words come back at once
-                    self.known.clear()
-                self.known[word] = self.join(word)
-            found += self.known[word]
-        return found
+        return [number for word in self.word.findall(text) for number in self.join(word)]
 
-    @staticmethod
-    def words(text: str):
-        """Endings like 's, runs of letters, single numerals, runs of anything else but spaces."""
-        kind = lambda c: " " if c.isspace() else next((k for k in "LN" if unicodedata.category(c)[0] == k), "o")
-        kinds, at = "".join(map(kind, text)), 0
-        while at < len(text):
-            end = (ENDING.match(text, at) or RUN.match(kinds, at)).end()
-            if kinds[at] != " ":
-                yield text[at:end]
-            at = end
-
+    @functools.lru_cache(2 ** 16)                        # the common words come back at once
     def join(self, word: str) -> list[int]:
         parts = [self.letter[byte] for byte in word.encode()]
         parts[-1] += "</w>"
@@ -714,7 +689,6 @@ class BytePairs:
         return [self.number[part] for part in parts]
 
 
-ENDING, RUN = re.compile("'(?:s|t|re|ve|m|ll|d)"), re.compile("L+|N| +|o+")
 CHINESE = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F),
            (0x2B820, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F))            # as BERT has them
 
@@ -758,18 +732,14 @@ class Tokenizer:
 
 # ------------------------------------------------------------------------------ pictures with text
 class Texts:
-    """Lists of strings, kept in three arrays: millions of them need little memory, which workers share."""
+    """Lists of strings, kept in two arrays: millions of them need little memory, which workers share."""
 
     def __init__(self, lists):
-        encoded = [[text.encode() for text in texts] for texts in lists]
-        flat = [text for texts in encoded for text in texts]
-        self.bytes = np.frombuffer(b"".join(flat), np.uint8)
-        self.ends = np.cumsum([0, *map(len, flat)])
-        self.first = np.cumsum([0, *map(len, encoded)])
+        packed = ["\n".join(texts).encode() for texts in lists]                 # captions have no line ends
+        self.bytes, self.ends = np.frombuffer(b"".join(packed), np.uint8), np.cumsum([0, *map(len, packed)])
 
     def __getitem__(self, i: int) -> list[str]:
-        ends = self.ends[self.first[i]:self.first[i + 1] + 1]
-        return [self.bytes[start:end].tobytes().decode() for start, end in itertools.pairwise(ends)]
+        return self.bytes[self.ends[i]:self.ends[i + 1]].tobytes().decode().split("\n")
 
 
 class Pairs(common.Pictures):
@@ -798,17 +768,13 @@ class Pairs(common.Pictures):
 class Shards(IterableDataset):
     """Pairs out of tar shards (webdataset), in whole batches: (pictures uint8 (b, 3, S, S), ids (b, T)).
 
-    Each loader process of each training process is a stream: it reads shards of its own, in an order that (seed,
-    epoch) decides, and draws its pairs at random from a buffer of --shuffle pairs. With fewer shards than streams,
-    every stream reads all shards and keeps each n-th pair, n the number of streams. All pairs come once in an epoch
-    if the streams hold equally many and give equally many batches; otherwise some begin again and others do not
-    finish. With --epoch-pairs each epoch draws its shards anew: pairs come equally often on average only. The streams
-    give their batches in turn, so a resumed run with as many streams knows what each has given, and skips it undecoded.
-
-    The files of one sample stand next to each other and have the same name up to its first dot: a picture, and .txt
-    (a caption a line) or .json (caption: a string or a list). An unreadable picture is replaced by another pair of
-    the batch, which is then in it twice, a negative of itself. What was wrong is counted in `troubles` (streams,
-    kinds), except a shard that was cut off exactly between two files: tarfile cannot tell it from a whole one."""
+    The files of a sample stand together and have the same name up to its first dot: a picture, and .txt (a caption a
+    line) or .json (its "caption"). Each loader process of each training process is a stream: it reads shards of its
+    own, in an order that (seed, epoch) decides (with fewer shards than streams: every n-th pair of all), through a
+    buffer of --shuffle pairs. Streams give batches in turn, so a resumed run with as many streams skips undecoded what
+    each has given. All pairs come once an epoch if the streams are equally long and --epoch-pairs is not set, else
+    equally often on average. An unreadable picture is replaced by another pair of the batch, then a negative of
+    itself. `troubles` (streams, kinds) counts what was wrong; a shard cut off between two files looks whole."""
 
     KINDS = ("unreadable pictures", "pictures without caption", "captions without picture", "unreadable texts",
              "damaged shards")
@@ -1041,7 +1007,7 @@ def text_beside(picture: Path) -> Path | None:
 
 def listed(where: str, root: str) -> tuple[list, list]:
     """Pairs (path, captions) to train on and to test on (where the list tells them apart, else none): of a
-    .csv or .tsv; a .json of COCO's captions, of Karpathy's splits, or a list; a folder with texts beside the
+    .csv or .tsv; a .json of COCO's captions or of Karpathy's splits; a folder with texts beside the
     pictures, or with such train/ and val/. What is incomplete is left out and counted. Raises UserError."""
     path, found = Path(where), []
     counts = dict.fromkeys(("pictures without caption", "captions without picture", "unreadable texts"), 0)
@@ -1080,6 +1046,10 @@ def listed(where: str, root: str) -> tuple[list, list]:
     return found[0], found[1] if len(found) > 1 else []
 
 
+COLUMNS = (("filepath", "image", "path", "file_name", "filename", "image_path", "file"),
+           ("title", "caption", "text", "captions"))
+
+
 def table_rows(path: Path):
     """(picture, caption) of a table with a title row, by tabs or commas. What is not UTF-8 is escaped."""
     csv.field_size_limit(2 ** 24)
@@ -1087,25 +1057,15 @@ def table_rows(path: Path):
         delimiter = "\t" if "\t" in file.readline() else ","
         file.seek(0)
         rows = csv.DictReader(file, delimiter=delimiter)
-        yield from column_rows(rows, rows.fieldnames or [])
-
-
-def column_rows(rows, names):
-    picture, text = (next((name for name in names if name and name.lower().strip() in known), None)
-                     for known in COLUMNS)
-    if not picture or not text:
-        raise ValueError(f"it has the columns {list(names)}; one of {COLUMNS[0]} and one of {COLUMNS[1]} are needed")
-    return ((row.get(picture), row.get(text)) for row in rows)
-
-
-COLUMNS = (("filepath", "image", "path", "file_name", "filename", "image_path", "file"),
-           ("title", "caption", "text", "captions"))
+        names = rows.fieldnames or []
+        picture, text = (next((n for n in names if n.lower().strip() in known), None) for known in COLUMNS)
+        if not picture or not text:
+            raise ValueError(f"it has the columns {names}; one of {COLUMNS[0]} and one of {COLUMNS[1]} are needed")
+        yield from ((row[picture], row[text]) for row in rows)
 
 
 def json_rows(content) -> list:
     """[rows], or [rows to train on, rows to test on], of (picture, caption)."""
-    if isinstance(content, list):
-        return [column_rows(content, dict.fromkeys(name for row in content for name in row))]
     if "annotations" in content:                         # COCO: images {id, file_name}, annotations {image_id, caption}
         name = {image["id"]: image["file_name"] for image in content["images"]}
         captioned = ((name.get(a["image_id"]), a["caption"]) for a in content["annotations"])
@@ -1314,27 +1274,14 @@ def read_weights(path: str, trust: bool) -> tuple[dict, dict]:
 
     OpenAI's files are TorchScript, which is a program: `trust` runs it."""
     try:
-        if path.endswith(".safetensors"):
-            saved = read_safetensors(path)
-        elif zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()):
-            if not trust:
-                raise common.UserError(f"{path} is TorchScript, a program (OpenAI's files are); --trust runs it")
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)                  # TorchScript is deprecated
-                saved = torch.jit.load(path, map_location="cpu").state_dict()
-        else:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise common.UserError(f"no file {path}") from error
-    except common.UserError:
-        raise
-    except Exception as error:                           # zip, pickle, json or torch, according to the file
+        saved = read_safetensors(path) if path.endswith(".safetensors") else common.read_file(path, trust)
+    except (OSError, ValueError, LookupError) as error:  # of read_safetensors
         raise common.UserError(f"{path} is no file of weights: {common.why(error)}") from error
-    if isinstance(saved, dict) and "method" in saved:
+    if "method" in saved:
         if saved["method"] != "flip":
             raise common.UserError(f"{path} is of {saved['method']}.py, which has no text tower")
         return saved["model"], saved["config"]
-    state = saved.get("state_dict", saved) if isinstance(saved, dict) else saved
+    state = saved.get("state_dict", saved)
     if not isinstance(state, dict) or not all(isinstance(n, str) and torch.is_tensor(v) for n, v in state.items()):
         raise common.UserError(f"{path} holds no weights")
     state = {name.removeprefix("module.").removeprefix("text."): value for name, value in state.items()}
@@ -1344,15 +1291,17 @@ def read_weights(path: str, trust: bool) -> tuple[dict, dict]:
     return state, described(state, path)
 
 
+HEADS = {1280: 16, 1408: 16, 1664: 16, 1792: 16}         # by width: open_clip's H, g, G and e; else each is 64 wide
+
+
 def described(state: dict, path: str) -> dict:
     """The settings that the shapes of CLIP's weights tell. Raises UserError."""
     depth = lambda prefix: len({name[len(prefix):].split(".")[0] for name in state if name.startswith(prefix)})
-    heads = {1280: 16, 1408: 16, 1664: 16, 1792: 16}     # of open_clip's H, g, G and e; else 64 wide
     try:
         width, _, _, patch_size = state["patch_embed.proj.weight"].shape
         vocab_size, text_width = state["text.token_embedding.weight"].shape
         return dict(
-            embed_dim=width, depth=depth("blocks."), num_heads=heads.get(width, width // 64),
+            embed_dim=width, depth=depth("blocks."), num_heads=HEADS.get(width, width // 64),
             text_width=text_width, text_depth=depth("text.blocks."), text_heads=text_width // 64,
             vocab_size=vocab_size, proj_dim=len(state["image_proj.weight"]),
             text_length=state["text.pos_embed"].shape[1], text_cls=True, patch_size=patch_size,
@@ -1425,16 +1374,17 @@ def score(model: FLIP, source: Source, cfg: Config, tokenizer: Tokenizer, device
     if source.labelled is not None:
         images, labels = common.features(model.encode_image, source.labelled, **size)
         logits = images @ class_features(model, source.prompts, tokenizer, device).T           # (n, classes)
-        top = {"": common.top1_top5(logits, labels)}
+        top = common.top1_top5(logits, labels)
+        found["zero_shot"] = top["top1"]
         if source.held_out is not None:
             held_out = torch.from_numpy(source.held_out).to(device)[labels]
-            for name, of in (("_seen", ~held_out), ("_held_out", held_out)):
-                top[name] = common.top1_top5(logits[of], labels[of])
-        found = {f"zero_shot{name}": both["top1"] for name, both in top.items()} | {"zero_shot_top5": top[""]["top5"]}
-        title = lambda name: name.removeprefix("zero_shot").strip("_").replace("_", " ") or "top-1"
+            for name, of in (("seen", ~held_out), ("held_out", held_out)):
+                found[f"zero_shot_{name}"] = common.top1_top5(logits[of], labels[of])["top1"]
+        found["zero_shot_top5"] = top["top5"]
+        titles = {"zero_shot": "top-1", "zero_shot_seen": "seen", "zero_shot_held_out": "held out",
+                  "zero_shot_top5": "top-5"}
         common.say(f"zero-shot, {logits.shape[1]} classes, {len(labels)} pictures, chance "
-                   f"{100 / logits.shape[1]:.1f} %: "
-                   + ", ".join(f"{title(name)} {value:.1f} %" for name, value in found.items()))
+                   f"{100 / logits.shape[1]:.1f} %: " + ", ".join(f"{titles[n]} {v:.1f} %" for n, v in found.items()))
     if source.retrieval is not None:
         images, rows = common.features(model.encode_image, source.retrieval, **size)
         captions = [source.retrieval.texts(row) for row in rows.tolist()]

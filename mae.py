@@ -84,18 +84,9 @@ class Config:
         self.output = self.output or f"runs/mae-{Path(self.data).resolve().name}"
         for name, size in zip(("embed_dim", "depth", "num_heads"), SIZES[self.model]):
             setattr(self, name, getattr(self, name) or size)
-        for name, least in dict(embed_dim=1, depth=1, num_heads=1, decoder_embed_dim=1, decoder_num_heads=1,
-                                patch_size=1, batch_size=1, accumulate=1, epochs=1, log_every=1, seed=0, workers=0,
-                                max_steps=0, save_every=0, knn_pictures=0).items():
-            if getattr(self, name) < least:
-                raise common.UserError(f"{name} is {getattr(self, name)}, at least {least} is needed")
+        common.check(self, ("decoder_num_heads", "decoder_embed_dim"), decoder_embed_dim=1, decoder_num_heads=1)
         if self.embed_dim % 4 or self.decoder_embed_dim % 4:
             raise common.UserError("embed_dim and decoder_embed_dim must be multiples of 4")
-        for part, whole in (("patch_size", "image_size"), ("num_heads", "embed_dim"),
-                            ("decoder_num_heads", "decoder_embed_dim")):
-            if getattr(self, whole) % getattr(self, part):
-                raise common.UserError(f"{part} {getattr(self, part)} does not divide "
-                                       f"{whole} {getattr(self, whole)}")
         patches = (self.image_size // self.patch_size) ** 2
         if not 0 < int(patches * (1 - self.mask_ratio)) < patches:
             raise common.UserError(f"mask_ratio {self.mask_ratio} leaves nothing to see or nothing "
@@ -356,11 +347,6 @@ def resize_positions(table, grid: tuple[int, int]):
     return torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
 
 
-def mean_token(model: MAE):
-    """The feature that k-NN compares: the mean of a picture's patch tokens, images -> (B, D)."""
-    return lambda images: model.encode(images)[:, 1:].mean(dim=1)
-
-
 @torch.no_grad()
 def picture(model: MAE, images, noise, path):
     """Write what the model sees and paints: normalised images (B, 3, H, W), noise (B, N)."""
@@ -424,8 +410,8 @@ def train(cfg: Config) -> dict:
 
     encoder = {name: value for name, value in model.state_dict().items()
                if not name.startswith(model.thrown_away)}
-    metrics = run.finish(encoder, {"pixels": common.shrunk_pixels, "trained": mean_token(model),
-                                   "untrained": mean_token(build(cfg).to(device))}, data)
+    metrics = run.finish(encoder, {"pixels": common.shrunk_pixels, "trained": common.mean_token(model),
+                                   "untrained": common.mean_token(build(cfg).to(device))}, data)
     common.say(f"try next: python evaluate.py linear --checkpoint {run.folder}/checkpoint.pt --data {cfg.data}")
     return metrics
 

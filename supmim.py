@@ -101,23 +101,14 @@ class Config:
         self.output = self.output or f"runs/supmim-{Path(self.data).resolve().name}"
         for name, size in zip(("embed_dim", "depth", "num_heads"), SIZES[self.model]):
             setattr(self, name, getattr(self, name) or size)
-        for name, least in dict(embed_dim=1, depth=1, num_heads=1, decoder_embed_dim=1, decoder_num_heads=1,
-                                patch_size=1, batch_size=1, accumulate=1, epochs=1, log_every=1, seed=0, shots=0,
-                                codes=2, workers=0, max_steps=0, save_every=0, knn_pictures=0, mim_weight=0,
-                                decoder_depth=1, mixup=0, cutmix=0, randaugment=0, drop_path=0, smoothing=0,
-                                eval_every=1).items():
-            if getattr(self, name) < least:
-                raise common.UserError(f"{name} is {getattr(self, name)}, at least {least} is needed")
+        common.check(self, ("decoder_num_heads", "decoder_embed_dim"), decoder_embed_dim=1, decoder_num_heads=1,
+                     decoder_depth=1, shots=0, codes=2, mim_weight=0, mixup=0, cutmix=0, randaugment=0, drop_path=0,
+                     smoothing=0, eval_every=1)
         for name, most in dict(randaugment=10, drop_path=0.99, smoothing=0.99).items():
             if getattr(self, name) > most:
                 raise common.UserError(f"{name} is {getattr(self, name)}, at most {most} is possible")
         if self.embed_dim % 4 or self.decoder_embed_dim % 4:
             raise common.UserError("embed_dim and decoder_embed_dim must be multiples of 4")
-        for part, whole in (("patch_size", "image_size"), ("num_heads", "embed_dim"),
-                            ("decoder_num_heads", "decoder_embed_dim")):
-            if getattr(self, whole) % getattr(self, part):
-                raise common.UserError(f"{part} {getattr(self, part)} does not divide "
-                                       f"{whole} {getattr(self, whole)}")
         patches = (self.image_size // self.patch_size) ** 2
         if not 0 < int(patches * (1 - self.mask_ratio)) < patches:
             raise common.UserError(f"mask_ratio {self.mask_ratio} leaves nothing to see or nothing "

@@ -619,7 +619,7 @@ def test_two_processes_score_what_one_does(photos):      # noqa: F811
 
 @pytest.mark.parametrize("argv, words", [
     (["knnn"], "no protocol knnn; there are knn, retrieval"), (["linear", "--checkpont=x"], "did you mean --checkpoint?"),
-    (["knn", "--checkpoint=nothing.pt"], "no file nothing.pt"), (["knn", "--checkpoint=text.pt"], "is no checkpoint"),
+    (["knn", "--checkpoint=nothing.pt"], "no file nothing.pt"), (["knn", "--checkpoint=text.pt"], "no file of weights"),
     (["knn", "--data=flat"], "no labelled pictures"), (["segment", "--data=flat"], "no images/ and masks/"),
     (["knn", "--method=nothing"], "no script nothing.py"), (["linear", "--percent=-1"], "percent is -1.0"), (["linear", "--shots=2", "--percent=9"], "exclude"),
     (["segment", "--shots=2"], "segment has none"), (["finetune", "--drop-path=1.5"], "from 0 to 1"), (["knn", "--depth=-1"], "depth is -1"),

@@ -218,7 +218,7 @@ def test_init_from_released_files(tmp_path):
         with pytest.raises(common.UserError, match="does not fit"):
             mae.load_weights(mae.MAE(**SMALL), str(path))
     path.write_text("not a checkpoint")
-    with pytest.raises(common.UserError, match="no checkpoint"):
+    with pytest.raises(common.UserError, match="no file of weights"):
         mae.load_weights(mae.MAE(**SMALL), str(path))
 
 

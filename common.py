@@ -317,10 +317,6 @@ class Pictures(Dataset):
                 picture = self.transform(picture)
         return picture, int(self.labels[index]), index
 
-    def centred(self, size: int):
-        """The same pictures, not augmented: their centres, for evaluation."""
-        return self.through(Centre(size))
-
     def through(self, transform):
         """The same pictures with another transform."""
         pictures = copy.copy(self)
@@ -900,7 +896,7 @@ def knn_score(encode, data: Data, cfg, device) -> tuple[float, float]:
 # ---------------------------------------------------------------------------- pictures for people
 def sample(pictures: Pictures, size: int, count: int, device) -> torch.Tensor:
     """The centres of `count` pictures spread over a data set, normalised (count, 3, size, size)."""
-    pictures = pictures.centred(size)
+    pictures = pictures.through(Centre(size))
     chosen = np.linspace(0, len(pictures) - 1, count).astype(int)
     return to_device(torch.stack([pictures[0, i][0] for i in chosen]), device)
 
@@ -927,7 +923,7 @@ def save_rows(path: Path, rows: dict):
 
 
 # ----------------------------------------------------------------------------------------- shrink
-def shrink(source: str, target: str, size: int = 256, quality: int = 90, workers: int = 0):
+def shrink(source: str, target: str, size: int = 256, workers: int = 0):
     """Copy a folder of pictures as JPEGs of `size` pixels on the shorter side (never enlarged).
 
     The layout stays (x.png becomes x.png.jpg, what is no picture is copied); what is there already
@@ -935,16 +931,16 @@ def shrink(source: str, target: str, size: int = 256, quality: int = 90, workers
     files = [path for path in sorted(Path(source).rglob("*")) if path.is_file()]
     if not files:
         raise UserError(f"no folder {source}, or nothing in it")
-    jobs = [(path, Path(target, path.relative_to(source)), size, quality) for path in files]
+    one = functools.partial(_shrink_one, source, target, size)
     with multiprocessing.Pool(workers or os.cpu_count(), leave_ctrl_c_to_the_parent) as pool:
-        done = list(tqdm(pool.imap_unordered(_shrink_one, jobs, 16), total=len(jobs), disable=None))
+        done = list(tqdm(pool.imap_unordered(one, files, 16), total=len(files), disable=None))
     unreadable = [outcome for outcome in done if isinstance(outcome, str)]
     print("".join(f"skipped, cannot be read: {outcome}\n" for outcome in unreadable), end="", file=sys.stderr)
     return done.count(True), len(unreadable)
 
 
-def _shrink_one(job) -> bool | str:
-    path, new, size, quality = job
+def _shrink_one(source: str, target: str, size: int, path: Path) -> bool | str:
+    new = Path(target, path.relative_to(source))
     picture = path.suffix.lower() in datasets.folder.IMG_EXTENSIONS
     if picture and path.suffix.lower() not in (".jpg", ".jpeg"):
         new = new.with_name(new.name + ".jpg")
@@ -957,7 +953,7 @@ def _shrink_one(job) -> bool | str:
             image = decode(data)
             if min(image.shape[-2:]) > size:
                 image = v2.functional.resize(image, [size], v2.InterpolationMode.BICUBIC)
-            data = encode_jpeg(image, quality).numpy().tobytes()
+            data = encode_jpeg(image, 90).numpy().tobytes()
     except OSError as error:
         return f"{path} ({error})"
     new.parent.mkdir(parents=True, exist_ok=True)
@@ -973,7 +969,6 @@ def main(argv=None):
     command.add_argument("source", metavar="FOLDER")
     command.add_argument("target", metavar="SMALL_FOLDER")
     command.add_argument("--size", type=int, default=256, help="pixels of the shorter side (default: 256)")
-    command.add_argument("--quality", type=int, default=90, help="of the JPEGs (default: 90)")
     command.add_argument("--workers", type=int, default=0, help="processes (default: one a core)")
     with launched():
         given = parser.parse_args(argv)

@@ -467,7 +467,7 @@ def features(args):
     encoder.to(device).eval()
     cfg.image_size = about["config"]["image_size"]
     pictures = common.open_data(cfg.data, "").test
-    batch = common.to_device(torch.stack([pictures.centred(cfg.image_size)[0, i][0] for i in range(min(500, len(pictures)))]), device)
+    batch = common.to_device(torch.stack([pictures.through(common.Centre(cfg.image_size))[0, i][0] for i in range(min(500, len(pictures)))]), device)
     passes, times = len(pictures) // len(batch), {"extraction": [], "forward": []}
     for _ in range(args.rounds):
         times["extraction"].append(clock(lambda: evaluate.all_features(cfg, encoder, pictures, device), device.type) / len(pictures))

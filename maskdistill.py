@@ -27,7 +27,7 @@ The parts of equation 1 are settings. Nearly these methods:
 
     python maskdistill.py                             # drawn shapes, no download, 35 s on 2 CPU cores:
         k-NN accuracy, 8 classes, 2000 test pictures: pixels 28.2 %, trained 40.3 %, untrained 18.4 %, teacher 93.6 %
-        (on other machines and threads 48 and 55 %: a run so short ends while the student begins to learn)
+        (with one thread 48 %: a run so short stops just as the student starts to learn)
     python maskdistill.py --data FOLDER --teacher ViT-B-16.pt       # --model small unless told
     torchrun --nproc_per_node=8 maskdistill.py --data imagenet --data-root /where/imagenet/is
     torchrun --nproc_per_node=8 maskdistill.py --data imagenet --preset imagenet-large      # or imagenet-huge

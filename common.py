@@ -183,19 +183,18 @@ def parse(config, presets: dict, argv=None, description: str = ""):
     name = chosen.preset or (chosen.data if chosen.data in presets else "folder")
     if name not in presets:
         raise UserError(f"no preset {name}; there are {', '.join(presets)}")
-    parser = Parser(description=description, allow_abbrev=False,
+    parser = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(config):
-        kind, flag = kinds[field.name], "--" + field.name.replace("_", "-")
-        default = presets[name].get(field.name, field.default)
-        text = f"{helps[field.name]} (default: {default!r})".replace("%", "%%")
-        how = {"default": argparse.SUPPRESS, "help": text}
+        kind, default = kinds[field.name], presets[name].get(field.name, field.default)
         if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **how)
+            how = {"action": argparse.BooleanOptionalAction}
         elif typing.get_origin(kind) is typing.Literal:
-            parser.add_argument(flag, choices=typing.get_args(kind), **how)
+            how = {"choices": typing.get_args(kind)}
         else:
-            parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), **how)
+            how = {"type": kind, "metavar": kind.__name__.upper()}
+        parser.add_argument("--" + field.name.replace("_", "-"), **how,
+                            help=f"{helps[field.name]} (default: {default!r})".replace("%", "%%"))
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = parser._option_string_actions
@@ -222,13 +221,11 @@ def plan(cfg, pictures: int) -> tuple[int, float]:
 
     An epoch's last, incomplete batch is dropped. Raises UserError on sizes that do not fit."""
     parts = world() * cfg.accumulate
-    if cfg.batch_size < 1 or cfg.batch_size % parts:
-        raise UserError(f"--batch-size {cfg.batch_size} (all processes together) does not divide by "
-                        f"{world()} processes x --accumulate {cfg.accumulate}; try "
-                        f"--batch-size {max(1, round(cfg.batch_size / parts)) * parts}")
+    if cfg.batch_size % parts:
+        raise UserError(f"--batch-size {cfg.batch_size} (of all processes) does not divide by {world()} processes x "
+                        f"--accumulate {cfg.accumulate}; try --batch-size {-(-cfg.batch_size // parts) * parts}")
     if pictures < cfg.batch_size:
-        raise UserError(f"{pictures} pictures make no batch of {cfg.batch_size}; "
-                        f"use --batch-size {pictures} or less")
+        raise UserError(f"{pictures} pictures make no batch of {cfg.batch_size}; use --batch-size {pictures} or less")
     steps, peak = pictures // cfg.batch_size, cfg.base_lr * cfg.batch_size / 256
     say(f"global batch {cfg.batch_size} = {cfg.batch_size // parts} per process x {cfg.accumulate} "
         f"accumulation x {world()} processes; {cfg.epochs} epochs x {steps} steps")
@@ -277,8 +274,8 @@ class Pictures(Dataset):
     place, with its own label and index, and `broken` (n,) marks it."""
 
     def __init__(self, source, labels=None, seed: int = 0, transform=None):
-        files = None if torch.is_tensor(source) else np.array([os.fsencode(p) for p in source])
-        self.source = source if files is None else files     # an array: workers share its memory
+        # an array of paths: workers share its memory
+        self.source = source if torch.is_tensor(source) else np.array([os.fsencode(path) for path in source])
         self.labels = np.full(len(source), -1) if labels is None else np.asarray(labels, np.int64)
         self.seed, self.transform = seed, transform
         self.broken = torch.zeros(len(source), dtype=torch.bool).share_memory_()
@@ -305,8 +302,7 @@ class Pictures(Dataset):
                 break
             except OSError as error:
                 if not self.broken[index]:
-                    name = os.fsdecode(self.source[index])
-                    tqdm.write(f"skipped, cannot be read: {name} ({error})", file=sys.stderr)
+                    tqdm.write(f"skipped, cannot be read: {os.fsdecode(self.source[index])} ({error})", file=sys.stderr)
                 self.broken[index] = True
                 if self.broken.all():
                     raise
@@ -565,6 +561,11 @@ SHAPES = {                                               # signed distances; the
     "star": lambda x, y: 0.6 * (np.hypot(x, y) - 0.42 - 0.58 * np.abs(1 - 2 * (np.arctan2(x, y) / 1.2566 % 1))),
     "crescent": lambda x, y: np.maximum(np.hypot(x, y) - 0.95, 0.75 - np.hypot(x - 0.5, y)),
     "bar": lambda x, y: np.maximum(np.abs(x) - 0.95, np.abs(y) - 0.36)}
+BACKGROUNDS = {                                          # (x, y, frequency, phase) -> brightness from -1 to 1
+    "plain": lambda x, y, wave, phase: 0 * x,
+    "ramp": lambda x, y, wave, phase: x / 16,
+    "stripes": lambda x, y, wave, phase: np.sin(1.5 * wave * x + phase),
+    "blobs": lambda x, y, wave, phase: np.sin(wave * x + phase) * np.sin(wave * y + 2 * phase)}
 CAPTIONS = ("{a} {colour} {shape}", "a picture of {a} {colour} {shape}", "this {shape} is {colour}",
             "here is {a} {colour} {shape}", "a {shape} drawn in {colour}", "the {shape} has the colour {colour}")
 # Colour-shape pairs that a caption task never trains on. Each of these colours is kept out with two
@@ -574,7 +575,7 @@ HELD_OUT = [(colour, (colour + step) % 8) for colour in range(6) for step in (0,
 
 def hashed(stream: int, index: np.ndarray, count: int) -> np.ndarray:
     """uint64 (len(index), count) of random bits that depend on (stream, index) alone: splitmix64."""
-    x = index.astype(np.uint64)[:, None] * np.uint64(count) + np.arange(count, dtype=np.uint64)
+    x = np.asarray(index, np.uint64)[:, None] * np.uint64(count) + np.arange(count, dtype=np.uint64)
     x = (x + (np.uint64(stream) << np.uint64(56)) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
@@ -587,45 +588,40 @@ def shapes(split: str, index: np.ndarray) -> dict:
     picture uint8 (n, 3, 32, 32); mask bool (n, 32, 32), True on the object; shape (the class),
     colour, background int (n,); x, y, radius in pixels, angle in radians (n,); caption: n strings
     that name colour and shape and nothing else."""
-    chunks = np.array_split(np.asarray(index), max(1, len(index) // 256))        # fits the caches
-    drawn = [_draw({"train": 0, "test": 1}[split], chunk) for chunk in chunks]
-    return {name: np.concatenate([d[name] for d in drawn]) for name in drawn[0]}
-
-
-def _draw(split: int, index: np.ndarray) -> dict:
-    u = (hashed(split, index, 18) >> np.uint64(40)).astype(np.float32) / 2 ** 24   # [0, 1)
-    shape, colour, background = (8 * u[:, 0]).astype(int), (8 * u[:, 1]).astype(int), (4 * u[:, 2]).astype(int)
-    radius, angle, x, y = 10 + u[:, 3], 0.2 * u[:, 6] - 0.1, 6.5 + 18 * u[:, 4], 6.5 + 18 * u[:, 5]
+    if len(index) > 256:                                                        # what fits the caches
+        parts = [shapes(split, part) for part in np.array_split(index, len(index) // 256 + 1)]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    stream, grid = ("train", "test").index(split), np.arange(32, dtype=np.float32)
+    u = (hashed(stream, index, 18) >> np.uint64(40)).astype(np.float32)[..., None, None] / 2 ** 24      # [0, 1)
+    kinds = np.array([8, 8, 4, len(CAPTIONS)], np.float32)
+    shape, colour, background, text = (kinds * u[:, [0, 1, 2, 15], 0, 0]).astype(int).T
+    radius, x, y, angle = 10 + u[:, 3], 6.5 + 18 * u[:, 4], 6.5 + 18 * u[:, 5], 0.2 * u[:, 6] - 0.1
 
     def turned(cx, cy, angle):                           # coordinates of the pixels, (n, 32, 32) each
-        dx, dy = (np.arange(32, dtype=np.float32) - c[:, None] for c in (cx, cy))
-        cos, sin = np.cos(angle)[:, None, None], np.sin(angle)[:, None, None]
-        return cos * dx[:, None, :] + sin * dy[:, :, None], cos * dy[:, :, None] - sin * dx[:, None, :]
+        dx, dy = grid - cx, grid[:, None] - cy
+        return np.cos(angle) * dx + np.sin(angle) * dy, np.cos(angle) * dy - np.sin(angle) * dx
 
-    px, py = (p / radius[:, None, None] for p in turned(x, y, angle))
-    gx, gy = turned(np.full_like(x, 15.5), np.full_like(y, 15.5), 2 * np.pi * u[:, 7])
-    wave, phase = 0.15 + 0.6 * u[:, 8, None, None], 2 * np.pi * u[:, 9, None, None]
-    distance, ground = np.empty_like(px), np.zeros_like(gx)                     # background 0: plain
+    px, py = (p / radius for p in turned(x, y, angle))
+    gx, gy = turned(np.float32(15.5), np.float32(15.5), 2 * np.pi * u[:, 7])
+    wave, phase = 0.15 + 0.6 * u[:, 8], 2 * np.pi * u[:, 9]
+    distance, ground = np.empty_like(px), np.empty_like(gx)
     for number, signed_distance in enumerate(SHAPES.values()):
         of = shape == number
-        distance[of] = signed_distance(px[of], py[of]) * radius[of, None, None]
-    of = background == 1                                                        # a ramp
-    ground[of] = gx[of] / 16
-    of = background == 2                                                        # stripes
-    ground[of] = np.sin(1.5 * wave[of] * gx[of] + phase[of])
-    of = background == 3                                                        # blobs
-    ground[of] = np.sin(wave[of] * gx[of] + phase[of]) * np.sin(wave[of] * gy[of] + 2 * phase[of])
-    ground = 0.25 + 0.5 * u[:, 10, None, None] + 0.3 * (u[:, 11, None, None] - 0.5) * ground
-    paint = np.array(list(COLOURS.values()), np.float32)[colour] / 255 + 0.2 * (u[:, 12:15] - 0.5)
+        distance[of] = signed_distance(px[of], py[of]) * radius[of]
+    for number, texture in enumerate(BACKGROUNDS.values()):
+        of = background == number
+        ground[of] = texture(gx[of], gy[of], wave[of], phase[of])
+    ground = 0.25 + 0.5 * u[:, 10] + 0.3 * (u[:, 11] - 0.5) * ground
+    paint = np.array(list(COLOURS.values()), np.float32)[colour, :, None, None] / 255 + 0.2 * (u[:, 12:15] - 0.5)
     cover = np.clip(0.5 - distance, 0, 1)[:, None]                              # a smooth edge
-    noise = hashed(2 + split, index, 384).view(np.uint8).reshape(-1, 3, 32, 32)
-    picture = 255 * (ground[:, None] * (1 - cover) + paint[:, :, None, None] * cover) + noise * 0.07 - 9
-    names, colours, order = list(SHAPES), list(COLOURS), (len(CAPTIONS) * u[:, 15]).astype(int)
-    caption = [CAPTIONS[o].format(a="an" if colours[c] == "orange" else "a", colour=colours[c], shape=names[s])
-               for o, c, s in zip(order, colour, shape)]
+    noise = hashed(2 + stream, index, 384).view(np.uint8).reshape(-1, 3, 32, 32)
+    picture = 255 * (ground[:, None] * (1 - cover) + paint * cover) + noise * 0.07 - 9
+    names, colours = list(SHAPES), list(COLOURS)
+    caption = [CAPTIONS[t].format(a="an" if colours[c] == "orange" else "a", colour=colours[c], shape=names[s])
+               for t, c, s in zip(text, colour, shape)]
     return {"picture": np.clip(picture, 0, 255).astype(np.uint8), "mask": cover[:, 0] > 0.5, "shape": shape,
-            "colour": colour, "background": background, "x": x, "y": y, "radius": radius, "angle": angle,
-            "caption": np.array(caption)}
+            "colour": colour, "background": background, "x": x.ravel(), "y": y.ravel(), "radius": radius.ravel(),
+            "angle": angle.ravel(), "caption": np.array(caption)}
 
 
 # -------------------------------------------------------------------------------------------- run
@@ -823,22 +819,21 @@ def features(encode, pictures: Pictures, size: int, device, batch_size: int = 50
     view: picture -> picture, in place of the centre crop. rows: which pictures (numbers); else at most `limit` of them,
     evenly spread (0: all). Each process encodes a share and all get everything: features fp32 (n, D) and labels (n,)
     on the device, in the order of the pictures. Unreadable pictures are left out."""
-    count = min(limit or len(pictures), len(pictures)) if rows is None else len(rows)
-    chosen = np.linspace(0, len(pictures) - 1, count).round().astype(int) if rows is None else rows
-    mine = np.arange(rank(), count, world()) if rank() < count else np.arange(1)     # at least one
+    count = min(limit or len(pictures), len(pictures))
+    rows = np.linspace(0, len(pictures) - 1, count).round().astype(int) if rows is None else rows
+    mine = np.arange(rank(), max(len(rows), rank() + 1), world()) % len(rows)        # at least one
     parts = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
-    batches = loader(pictures.through(view or Centre(size)), [[(0, i) for i in chosen[r]] for r in parts], workers)
+    batches = loader(pictures.through(view or Centre(size)), [[(0, i) for i in rows[part]] for part in parts], workers)
     batches = tqdm(batches, "features", disable=None if rank() == 0 else True, leave=False)
-    table, read = None, torch.zeros(count, device=device)
-    for r, (images, _, index) in zip(parts, batches):
+    table, read = None, torch.zeros(len(rows), device=device)
+    for part, (images, _, index) in zip(parts, batches):
         encoded = encode(to_device(images, device)).float()
-        table = encoded.new_zeros(count, encoded.shape[1]) if table is None else table
-        table[r], read[r] = encoded, (index == torch.from_numpy(chosen[r])).float().to(device)
-    if rank() >= count:                                  # another process has filled that one
-        table, read = table * 0, read * 0
-    if world() > 1:                                      # now every row is filled by one process
+        table = encoded.new_zeros(len(rows), encoded.shape[1]) if table is None else table
+        table[part], read[part] = encoded, (index == torch.from_numpy(rows[part])).float().to(device)
+    if world() > 1:
         dist.all_reduce(table), dist.all_reduce(read)
-    labels = torch.from_numpy(pictures.labels[chosen]).to(device)
+        table /= read.clamp(min=1)[:, None]              # of fewer rows than processes several encode the same
+    labels = torch.from_numpy(pictures.labels[rows]).to(device)
     return table[read > 0], labels[read > 0]
 
 

@@ -205,7 +205,9 @@ def parse(config, presets: dict, argv=None, description: str = ""):
 
 
 def check(cfg, *divides: tuple[str, str], **least):
-    """Raises UserError where a setting is below its least value, or a part does not divide its whole."""
+    """Raises UserError where a setting is below its least value, or the first of a pair does not divide the second.
+
+    least and divides: what a script has besides the settings of every script."""
     least |= dict(embed_dim=1, depth=1, num_heads=1, patch_size=1, batch_size=1, accumulate=1, epochs=1, log_every=1,
                   seed=0, workers=0, max_steps=0, save_every=0, knn_pictures=0)
     for name, value in least.items():

@@ -30,10 +30,9 @@ import contextlib
 import copy
 import hashlib
 import importlib
-import re
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -51,6 +50,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import common
+import data
 
 IGNORE = 255                                             # the class of pixels that do not count
 NEIGHBOURS = (1, 10, 20, 100, 200)
@@ -59,20 +59,15 @@ RATES = np.logspace(-2, 2.5, 10).tolist()                 # of the linear sweep,
 
 # ----------------------------------------------------------------------------------------- Config
 @dataclass
-class Config:
+class Config(common.RunConfig):
     protocol: Literal["knn", "retrieval", "linear", "attentive", "finetune", "segment"] = "knn"  # the first word
     checkpoint: str = "none"      # weights: a checkpoint of ours, a released file, or none
     data: str = "shapes"          # shapes, cifar10, ..., imagenet, a folder; segment: shapes, ade20k, a folder
-    data_root: str = "data"       # where the named data sets are, or are downloaded to
-    preset: str = ""              # settings to start from; empty: those of --data, "folder" for a folder
     output: str = ""              # folder of the run; empty: runs/PROTOCOL-CHECKPOINT-DATA
     method: str = ""              # script that builds the encoder; empty: the checkpoint's, else mae
     model: Literal["", "micro", "tiny", "small", "base", "large", "huge"] = ""  # empty: the checkpoint's
-    embed_dim: int = 0            # width D; 0: the model's
-    depth: int = 0                # blocks; 0: the model's
-    num_heads: int = 0            # attention heads; 0: the model's
-    image_size: int = 0           # side of the input in pixels; 0: the checkpoint's
-    patch_size: int = 0           # side of a patch in pixels; 0: the checkpoint's
+    image_size: int | None = None  # side of the input in pixels; None: the checkpoint's
+    patch_size: int | None = None  # side of a patch in pixels; None: the checkpoint's
     features: Literal["cls", "mean", "cls-raw", "mean-raw"] = "mean"  # class token or mean patch; raw: no last norm
     shots: int = 0                # labelled training pictures per class; 0: all
     percent: float = 100.0        # share of each class's training pictures
@@ -101,33 +96,15 @@ class Config:
     smoothing: float = 0.0        # of the labels
     ema: float = 0.0              # finetune: decay of averaged weights, scored beside the last; 0: none
     eval_every: int = 1           # attentive, finetune: epochs between scores of the test pictures; also at the end
-    seed: int = 0                 # decides order, crops, drops, and the subset of --shots and --percent
-    workers: int = 0              # loader processes for each training process; 0: none
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the matrix products; auto: bf16 on a GPU
-    compile: bool = False         # compile what is trained on pictures: a slow first step, faster ones after it
-    resume: bool = True           # go on from the run folder's checkpoint; no: start afresh
-    max_steps: int = 0            # stop after so many steps of the schedule; 0: at its end
-    save_every: int = 0           # steps between checkpoints, besides one after each epoch; 0: none
-    log_every: int = 50           # steps between lines of metrics.jsonl
 
     def __post_init__(self):
-        source, data = Path(self.checkpoint).resolve(), Path(self.data).resolve().name
+        source = Path(self.checkpoint).resolve()
+        data_name = Path(self.data).resolve().name
         stems = ("checkpoint", "checkpoint.previous", "encoder", "finetuned", "classifier")
         runs = dict.fromkeys(stems, source.parent.name) | {"finetuned-ema": f"{source.parent.name}-ema"}
-        name = runs.get(source.stem, source.stem)
-        self.output = self.output or f"runs/{self.protocol}-{name.removesuffix('-' + data)}-{data}"
-        share, many = (0, 1), (0, np.inf)
-        for limits, names in {
-                many: ("embed_dim", "depth", "num_heads", "image_size", "patch_size", "shots", "stride",
-                       "warmup_epochs", "base_lr", "min_lr", "weight_decay", "layer_decay", "mixup", "cutmix", "seed",
-                       "workers", "max_steps", "save_every", "num_classes"),
-                share: ("beta2", "drop_path", "crop_scale", "erasing", "smoothing", "ema"),
-                (1, np.inf): ("batch_size", "accumulate", "epochs", "log_every", "eval_every"),
-                (0, 100): ("percent",), (0, 10): ("randaugment",)}.items():
-            for name in names:
-                if not limits[0] <= getattr(self, name) <= limits[1]:
-                    raise common.UserError(f"{name} is {getattr(self, name)}, "
-                                           f"it must be from {limits[0]} to {limits[1]}")
+        name = runs.get(source.stem, source.stem).removesuffix(f"-{data_name}")
+        self.output = self.output or f"runs/{self.protocol}-{name}-{data_name}"
+        common.check(self)
         if self.shots and self.percent < 100:
             raise common.UserError("--shots and --percent exclude each other")
         if (self.shots or self.percent < 100) and self.protocol in ("retrieval", "segment"):
@@ -179,17 +156,29 @@ PRESETS = {
 
 
 # ---------------------------------------------------------------------------------------- encoder
-def read_checkpoint(path: str) -> tuple[dict, dict]:
-    """(all that the file holds, its weights {timm's name: tensor}). Raises UserError."""
-    state = saved = common.read_file(path)
-    for key in ("model", "state_dict", "teacher"):       # ours, MAE, DeiT; timm; DINO with both networks
-        state = state.get(key, state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not state or not all(
-            isinstance(name, str) and torch.is_tensor(value) for name, value in state.items()):
-        raise common.UserError(f"{path} holds no weights")
-    for prefix in ("module.", "backbone.", "encoder."):  # DistributedDataParallel; DINO; re-hosted files
-        state = {name.removeprefix(prefix): value for name, value in state.items()}
-    return saved, state
+def config_from(config_class, settings: dict, **changes):
+    """A checkpoint's settings -> the Config they were, with some of them changed.
+
+    An edited row of SIZES does not change an old run: width, depth and number of heads are the
+    checkpoint's, unless --model is among the changes. Raises UserError on the settings of another
+    version."""
+    names = {field.name for field in fields(config_class)}
+    sizes = {"embed_dim", "depth", "num_heads"}
+    unknown = sorted(settings.keys() - names - sizes)
+    if unknown:
+        raise common.UserError("the checkpoint is of another version of this code: it has the "
+                               f"settings {', '.join(unknown)}")
+    try:
+        kept = {name: value for name, value in settings.items() if name in names - sizes}
+        cfg = config_class(**kept | changes)
+        if "model" not in changes:
+            for name in sizes:
+                setattr(cfg, name, settings[name])
+            common.check(cfg)
+    except (KeyError, TypeError, ValueError) as error:
+        raise common.UserError("the checkpoint is of another version of this code "
+                               f"({type(error).__name__}: {common.first_line(error)})") from error
+    return cfg
 
 
 def load_encoder(cfg: Config):
@@ -199,70 +188,71 @@ def load_encoder(cfg: Config):
     its parameters have timm's names. about: method and config, to build it again. The last norm of
     a classifier that averages tokens is its head's, so it is Identity here. Raises UserError unless
     the file has exactly the encoder's names and, besides, only a decoder or a classifier."""
-    saved, state = ({}, {}) if cfg.checkpoint == "none" else read_checkpoint(cfg.checkpoint)
-    ours = "method" in saved and "config" in saved
+    saved, state = {}, {}
+    if cfg.checkpoint != "none":
+        saved, state = common.read_weights(cfg.checkpoint)
+    ours = isinstance(saved.get("method"), str) and isinstance(saved.get("config"), dict)
     method = cfg.method or (saved["method"] if ours else "mae")
     if method.startswith("evaluate"):
         raise common.UserError(f"{cfg.checkpoint} is for resuming a run; what it trained is finetuned.pt beside it")
-    if method == "common" or not (Path(__file__).parent / f"{method}.py").is_file():
+    if method in ("common", "data") or not (Path(__file__).parent / f"{method}.py").is_file():
         raise common.UserError(f"no script {method}.py, which --method or the checkpoint asks for")
     script = importlib.import_module(method)
-    given = {name: getattr(cfg, name) for name in ("model", "embed_dim", "depth", "num_heads", "image_size",
-                                                   "patch_size") if getattr(cfg, name)}
+    changes = {name: getattr(cfg, name) for name in ("model", "image_size", "patch_size")
+               if getattr(cfg, name)}
     if ours:
-        settings = saved["config"] | ({"embed_dim": 0, "depth": 0, "num_heads": 0} if cfg.model else {})
-        settings |= {"drop_path": 0.0} if "drop_path" in settings else {}        # fine-tuning adds its own
-    elif "patch_embed.proj.weight" in state and any(map(table_grid, state.items())):
-        patch_size, side = state["patch_embed.proj.weight"].shape[-1], max(map(table_grid, state.items()))
-        settings = script.PRESETS["imagenet"] | dict(patch_size=patch_size, image_size=patch_size * round(side))
-        told = dict(student="sparse" if "pos_embed" in state else "dense",
-                    layer_scale=float("blocks.0.gamma_1" in state))
-        settings |= {name: value for name, value in told.items() if name in {f.name for f in fields(script.Config)}}
+        if "drop_path" in saved["config"]:
+            changes["drop_path"] = 0.0                   # fine-tuning adds its own
+        config = config_from(script.Config, saved["config"], **changes)
     elif state:
-        raise common.UserError(f"{cfg.checkpoint} holds no Vision Transformer in timm's names, but {sorted(state)[:3]}")
+        config = script.Config(**released_settings(script, state, cfg.checkpoint) | changes)
     else:
-        settings = script.PRESETS.get(cfg.data, script.PRESETS["folder"]) | {"seed": cfg.seed}
-    config = script.Config(**settings | given)
+        preset = script.PRESETS.get(cfg.data, script.PRESETS["folder"])
+        config = script.Config(**preset | {"seed": cfg.seed} | changes)
     model = script.build(config)
-    for name in {name.split(".")[0] for name in model.state_dict() if name.startswith(model.thrown_away)}:
+    for name in {name.split(".")[0] for name in model.state_dict() if name.startswith(model.pretrain_only)}:
         delattr(model, name)                             # the decoder, or what else a method has
     if "fc_norm.weight" in state and "norm.weight" not in state:
         model.norm = nn.Identity()
     if any(name.startswith("blocks.0.rel_pos_bias") for name in state):
         own_tables(model)
-    own = model.state_dict()
-    extra = {name: value for name, value in state.items() if name not in own}
+    extra = {}
     if state:
-        missing = own.keys() - state.keys()
-        strange = {name for name in extra if not name.startswith(("head.", "fc_norm.", *model.thrown_away))}
-        for name, value in () if missing or strange else list(state.items()):
-            side = table_grid((name, value))
-            if name in own and side and side == round(side) and own[name].shape != value.shape:
-                resize = script.resize_positions if name == "pos_embed" else script.resize_relative
-                state[name] = resize(value, model.grid)
-                common.say(f"{name} of {round(side) ** 2} patches resized to {model.grid[0]} x {model.grid[1]} "
-                           "(bicubic)")
-        misfits = {name for name in own.keys() & state.keys() if own[name].shape != state[name].shape}
-        if missing or misfits or strange:
-            raise common.UserError(f"{cfg.checkpoint} does not fit: missing {listed(missing)}, unexpected "
-                                   f"{listed(strange)}, of another size {listed(misfits)}; "
-                                   "check --method, --model and --patch-size")
-        model.load_state_dict({name: state[name] for name in own})
-        common.say(f"{cfg.checkpoint}: {len(own)} tensors of the encoder loaded, missing none, "
-                   f"left out {listed(extra)}")
+        optional = ("head.", "fc_norm.", *model.pretrain_only)
+        extra = common.load_weights(model, cfg.checkpoint, optional, weights=state)
     else:
-        common.say("checkpoint none: the encoder is untrained")
-    return model, extra, {"method": method, "config": asdict(config)}
+        common.log("checkpoint none: the encoder is untrained")
+    return model, extra, {"method": method, "config": dict(vars(config))}
 
 
-def table_grid(item) -> float:
-    """(name, tensor) of a position table -> the side of the square grid of patches it is for; else 0."""
-    name, value = item
-    if name == "pos_embed":
-        return (value.shape[1] - 1) ** 0.5
-    if name.endswith("relative_position_bias_table"):    # (2n - 1)^2 + 3 rows
-        return ((max(len(value), 4) - 3) ** 0.5 + 1) / 2
-    return 0
+def released_settings(script, state: dict, path) -> dict:
+    """Settings for the encoder whose weights a released file holds, as far as shapes tell them.
+
+    Raises UserError if it is no Vision Transformer in timm's names."""
+    side = grid_side(state)
+    weight = state.get("patch_embed.proj.weight")                              # (D, 3, P, P)
+    if weight is None or weight.ndim != 4 or not side:
+        raise common.UserError(f"{path} holds no Vision Transformer in timm's names, but "
+                               f"{sorted(state)[:3]}")
+    patch_size = weight.shape[-1]
+    settings = script.PRESETS["imagenet"] | {"patch_size": patch_size, "image_size": patch_size * side}
+    names = {field.name for field in fields(script.Config)}
+    if "student" in names:                               # maskdistill.py's and dtm.py's
+        settings["student"] = "sparse" if "pos_embed" in state else "dense"
+    if "layer_scale" in names:
+        settings["layer_scale"] = float("blocks.0.gamma_1" in state)
+    return settings
+
+
+def grid_side(state: dict) -> int:
+    """Side of the square grid of patches that a file's position tables are for; 0: it has none."""
+    side = 0.0
+    for name, table in state.items():
+        if name == "pos_embed" and table.ndim == 3:      # (1, n^2 + 1, D)
+            side = max(side, max(table.shape[1] - 1, 0) ** 0.5)
+        if name.endswith("relative_position_bias_table") and table.ndim == 2:  # ((2n - 1)^2 + 3, heads)
+            side = max(side, (max(len(table) - 3, 1) ** 0.5 + 1) / 2)
+    return round(side)
 
 
 def own_tables(encoder):
@@ -273,11 +263,6 @@ def own_tables(encoder):
         block.rel_pos_bias = copy.deepcopy(encoder.rel_pos_bias)
         block.register_forward_pre_hook(lambda block, args: (args[0], block.rel_pos_bias(), *args[2:]))
     encoder.rel_pos_bias = None
-
-
-def listed(names) -> str:
-    """How many names, and all of them, those of equal blocks as one: "2 [blocks.*.norm1.bias]"."""
-    return f"{len(names)} [{', '.join(sorted({re.sub(r'[.][0-9]+[.]', '.*.', name) for name in names}))}]"
 
 
 def digest(model) -> str:
@@ -306,9 +291,9 @@ def all_features(cfg: Config, encoder, pictures, device, names=("cls", "mean", "
             found = taps(encoder.encode(images), norm)
         return torch.cat([found[name] for name in names], dim=1)                # (B, taps * D)
 
-    table, labels = common.features(encode, pictures, cfg.image_size, device, workers=cfg.workers)
+    table, labels = data.features(encode, pictures, cfg.image_size, device, workers=cfg.workers)
     encoder.norm = norm
-    common.say(f"{len(table)} pictures encoded, {len(table) / (time.time() - began):,.0f} images/s")
+    common.log(f"{len(table)} pictures encoded, {len(table) / (time.time() - began):,.0f} images/s")
     return dict(zip(names, table.chunk(len(names), dim=1))), labels
 
 
@@ -343,14 +328,14 @@ def accuracy(cfg: Config, model, pictures, device) -> dict:
         with common.autocast(device, cfg.precision):
             return model(images)
 
-    table, labels = common.features(logits, pictures, cfg.image_size, device, workers=cfg.workers)
-    return common.top1_top5(table, labels)
+    table, labels = data.features(logits, pictures, cfg.image_size, device, workers=cfg.workers)
+    return data.topk_accuracy(table, labels)
 
 
 def ready(model):
     """For scoring: no drops, batch statistics as learned, and the first process's for all of them."""
     model.eval()
-    for buffer in model.buffers() if common.world() > 1 else ():
+    for buffer in model.buffers() if common.world_size() > 1 else ():
         dist.broadcast(buffer, 0)
 
 
@@ -502,8 +487,8 @@ class LARS(torch.optim.Optimizer):
 
 
 def layer_decay_groups(model, weight_decay: float, decay: float) -> list[dict]:
-    """Parameter groups with "scale", the factor on their learning rate: 1 for the head and norms after
-    the blocks, `decay` for the last block, ... decay^(depth + 1) for what is below the first.
+    """Parameter groups with "lr_scale", the factor on their learning rate: 1 for the head and norms
+    after the blocks, `decay` for the last block, ... decay^(depth + 1) for what is below the first.
 
     Vectors, positions and the class token are not decayed (MAE, released code)."""
     depth, groups = len(model.encoder.blocks), {}
@@ -514,7 +499,8 @@ def layer_decay_groups(model, weight_decay: float, decay: float) -> list[dict]:
         layer = 0 if part[0] in ("cls_token", "pos_embed", "patch_embed", "rel_pos_bias") else depth + 1
         layer = int(part[1]) + 1 if part[0] == "blocks" else layer
         decayed = p.ndim > 1 and part[0] not in ("cls_token", "pos_embed")
-        group = {"params": [], "weight_decay": weight_decay * decayed, "scale": decay ** (depth + 1 - layer)}
+        group = {"params": [], "weight_decay": weight_decay * decayed,
+                 "lr_scale": decay ** (depth + 1 - layer)}
         groups.setdefault((layer, decayed), group)["params"].append(p)
     return list(groups.values())
 
@@ -532,18 +518,18 @@ class Erase:
     def __call__(self, picture):
         if torch.rand(()) >= self.chance:
             return picture
-        mean, std = common.mean_std("cpu")
+        mean, std = data.mean_std("cpu")
         erased = self.erase((picture / 255 - mean) / std) * std + mean
         return (255 * erased).round().clamp(0, 255).byte()
 
 
 def augment(cfg: Config):
     """Crop and flip, RandAugment, random erasing, as far as the configuration asks for them."""
-    steps = [common.augment(cfg.image_size, cfg.crop_scale, randaugment=cfg.randaugment)]
+    steps = [data.augment(cfg.image_size, cfg.crop_scale, randaugment=cfg.randaugment)]
     return v2.Compose(steps + [Erase(cfg.erasing)] * (cfg.erasing > 0))
 
 
-class Masked(common.Pictures):
+class Masked(data.ImageDataset):
     """Pictures with a mask each; an item is ((picture (3, H, W), classes (H, W)), -1, index), both uint8.
 
     masks: uint8 tensor (n, H, W), or files of one number a pixel, less than `classes` or IGNORE;
@@ -561,7 +547,7 @@ class Masked(common.Pictures):
             with Image.open(self.masks[index]) as image:
                 mask = torch.from_numpy(np.array(image))
         except Exception as error:                       # a damaged file can raise nearly anything
-            raise OSError(f"mask: {common.why(error)}") from error
+            raise OSError(f"mask: {common.first_line(error)}") from error
         if mask.ndim != 2 or mask.dtype != torch.uint8:
             raise OSError(f"mask is {mask.dtype} {tuple(mask.shape)}, not one byte a pixel")
         mask = mask - 1 if self.shift else mask
@@ -583,10 +569,11 @@ def open_masked(cfg: Config) -> tuple[Masked, Masked, list]:
     A folder holds images/ and masks/ (or annotations/) with files of the same names, flat (every
     tenth is kept for testing) or in training/ and validation/ (or train/ and val/). Raises UserError."""
     if cfg.data == "shapes":
-        drawn = [common.shapes("train", np.arange(10_000)), common.shapes("test", np.arange(2_000))]
+        drawn = [data.synthetic_shapes(split, np.arange(count))
+                 for split, count in (("train", 10_000), ("test", 2_000))]
         masks = [torch.from_numpy(d["mask"] * (d["shape"] + 1)[:, None, None]).byte() for d in drawn]
-        train, test = (Masked(torch.from_numpy(d["picture"]), mask, 9, cfg.seed) for d, mask in zip(drawn, masks))
-        return train, test, ["ground", *common.SHAPES]
+        train, test = (Masked(torch.from_numpy(d["image"]), mask, 9, cfg.seed) for d, mask in zip(drawn, masks))
+        return train, test, ["ground", *data.SHAPES]
     ade = cfg.data == "ade20k"
     top = Path(cfg.data_root, "ADEChallengeData2016") if ade else Path(cfg.data)
     masks = next((top / name for name in ("masks", "annotations") if (top / name).is_dir()), None)
@@ -607,7 +594,7 @@ def open_masked(cfg: Config) -> tuple[Masked, Masked, list]:
 
     (x, y), (u, z) = pairs("training", "train", "."), pairs("validation", "val")
     if not u:
-        common.say(f"{top} has no validation/: every tenth picture is kept for testing")
+        common.log(f"{top} has no validation/: every tenth picture is kept for testing")
         u, z = x[9::10], y[9::10]
         del x[9::10], y[9::10]
     if not u:
@@ -623,7 +610,7 @@ def open_masked(cfg: Config) -> tuple[Masked, Masked, list]:
     if train.classes < 2:
         raise common.UserError(f"the masks in {masks} hold one class besides {IGNORE}, which is ignored; "
                                "a mask's pixels are 0, 1, ... for the classes")
-    common.say(f"{top}: {len(x)} pictures to train on, {len(u)} to test on, {train.classes} classes")
+    common.log(f"{top}: {len(x)} pictures to train on, {len(u)} to test on, {train.classes} classes")
     return train, test, [str(i) for i in range(train.classes)]
 
 
@@ -650,45 +637,43 @@ def segmentation(cfg: Config, model, pictures: Masked, classes: int, device):
     back to the mask's own size. Each process takes its share; unreadable pictures are left out."""
     ready(model)
     counts = torch.zeros(classes, classes, dtype=torch.int64, device=device)
-    mine = range(common.rank(), len(pictures), common.world())
+    mine = range(common.rank(), len(pictures), common.world_size())
     size = 100 if torch.is_tensor(pictures.source) else 1                       # files differ in size
     rows = [[(0, i) for i in mine[start:start + size]] for start in range(0, len(mine), size)]
-    batches = common.loader(pictures, rows, cfg.workers)
+    batches = data.loader(pictures, rows, cfg.workers)
     batches = tqdm(batches, "segmentation", disable=None if common.rank() == 0 else True, leave=False)
     for asked, ((images, masks), _, index) in zip(rows, batches):
         if index.tolist() == [i for _, i in asked]:
             prediction = segment_pictures(cfg, model, images, masks.shape[-2:], classes, device)
             counts += confusion(masks.to(device), prediction, classes)
-    if common.world() > 1:
+    if common.world_size() > 1:
         dist.all_reduce(counts)
     return counts
 
 
 def segment_pictures(cfg: Config, model, images, size, classes: int, device):
     """uint8 images (B, 3, H, W) -> predicted classes (B, *size)."""
-    images = common.to_device(v2.functional.resize(images, [cfg.image_size], v2.InterpolationMode.BICUBIC), device)
+    images = v2.functional.resize(images, [cfg.image_size], v2.InterpolationMode.BICUBIC)
+    images = data.to_device(images, device)
     with common.autocast(device, cfg.precision):
         logits = slide(model, images, cfg.image_size, cfg.stride or max(1, cfg.image_size * 2 // 3), classes)
     return F.interpolate(logits, size, mode="bilinear").argmax(dim=1)
 
 
 # ---------------------------------------------------------------------------------------- training
-def fit(cfg: Config, run, network, optimizer, peak_lr, batches, loss_of, after_step=None, score=None):
-    """The loop of every protocol that trains. loss_of: batch -> scalar loss; score() after --eval-every epochs.
+def fit(cfg: Config, run, network, optimizer, batches, loss_of, after_step=None, score=None):
+    """The loop of every protocol that trains. loss_of: batch -> scalar loss; score() after
+    --eval-every epochs.
 
     What is drawn in a step (drop path, mixing) depends on the seed, the step and the process."""
-    warmup = cfg.warmup_epochs * run.steps_per_epoch
-    for step in run.steps():
-        lr = common.learning_rate(step, warmup, run.total, peak_lr, cfg.min_lr, cfg.schedule)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("scale", 1)
+    for step, micro_batches in run.steps(batches):
+        lr = common.set_lr(optimizer, cfg, step, run.steps_per_epoch, cfg.min_lr, cfg.schedule)
         network.train()
         step_loss = 0.0
-        for part in range(cfg.accumulate):
-            torch.manual_seed(common.mix(cfg.seed, step, part, common.rank()))
-            waits = common.world() > 1 and part < cfg.accumulate - 1    # gradients travel once a step
-            with network.no_sync() if waits else contextlib.nullcontext():
-                loss = loss_of(next(batches))
+        for i, batch in enumerate(micro_batches):
+            torch.manual_seed(common.derive_seed(cfg.seed, step, i, common.rank()))
+            with common.sync_on_last(network, i, cfg.accumulate):
+                loss = loss_of(batch)
                 (loss / cfg.accumulate).backward()
             step_loss += loss.detach() / cfg.accumulate
         optimizer.step()
@@ -699,45 +684,43 @@ def fit(cfg: Config, run, network, optimizer, peak_lr, batches, loss_of, after_s
 
 
 def distributed(model):
-    return DistributedDataParallel(model) if common.world() > 1 else model
-
-
-def picture_batches(cfg: Config, pictures, run):
-    order = common.Batches(cfg, len(pictures), run.first, run.last)
-    return iter(common.loader(pictures, order, cfg.workers))
+    return DistributedDataParallel(model) if common.world_size() > 1 else model
 
 
 # --------------------------------------------------------------------------------------- protocols
-def knn(cfg: Config, encoder, device, data) -> dict:
+def knn(cfg: Config, encoder, device, splits) -> dict:
     """Weighted k-NN of every tap and k; the figure is --features with k = 20."""
-    (train, y), (test, z) = (all_features(cfg, encoder, part, device) for part in (data.train, data.test))
+    train, y = all_features(cfg, encoder, splits.train, device)
+    test, z = all_features(cfg, encoder, splits.test, device)
     result = {}
-    common.say("top-1 %    " + "".join(f"k {k:<6}" for k in NEIGHBOURS))
+    common.log("top-1 %    " + "".join(f"k {k:<6}" for k in NEIGHBOURS))
     for tap in train:
-        similarity, rows = common.nearest(test[tap], train[tap], max(NEIGHBOURS))
+        similarity, rows = data.nearest_neighbors(test[tap], train[tap], max(NEIGHBOURS))
         for k in NEIGHBOURS:
-            result[f"{tap}_{k}"] = common.vote(similarity[:, :k], y[rows[:, :k]], z, len(data.classes))
-        common.say(f"{tap:10} " + "".join(f"{result[f'{tap}_{k}'][0]:<8.1f}" for k in NEIGHBOURS))
+            voters = y[rows[:, :k]]
+            result[f"{tap}_{k}"] = data.knn_vote(similarity[:, :k], voters, z, len(splits.classes))
+        common.log(f"{tap:10} " + "".join(f"{result[f'{tap}_{k}'][0]:<8.1f}" for k in NEIGHBOURS))
     top1, top5 = result[f"{cfg.features}_20"]
     return {"top1": top1, "top5": top5} | {name: scores[0] for name, scores in result.items()}
 
 
-def retrieval(cfg: Config, encoder, device, data) -> dict:
+def retrieval(cfg: Config, encoder, device, splits) -> dict:
     """Recall@1, Recall@5 and mAP among the test pictures, of every tap; the figures are --features'."""
-    test, labels = all_features(cfg, encoder, data.test, device)
+    test, labels = all_features(cfg, encoder, splits.test, device)
     result = {tap: dict(zip(("recall1", "recall5", "map"), ranking(test[tap], labels))) for tap in test}
     for tap, scores in result.items():
-        common.say(f"{tap:10} " + ", ".join(f"{name} {value:.1f} %" for name, value in scores.items()))
+        common.log(f"{tap:10} " + ", ".join(f"{name} {value:.1f} %" for name, value in scores.items()))
     return result[cfg.features] | {f"{tap}_{n}": v for tap, scores in result.items() for n, v in scores.items()}
 
 
-def linear_sweep(cfg: Config, encoder, device, data) -> dict:
+def linear_sweep(cfg: Config, encoder, device, splits) -> dict:
     """Linear layers on cached, standardised features, one for each learning rate of the sweep.
 
     Each is trained twice side by side: without every tenth training picture of a class (the last
     one, where it has fewer), whose accuracy chooses the rate, and with all of them, for the figure."""
-    taken, classes = (cfg.features,), len(data.classes)
-    (train, y), (test, z) = (all_features(cfg, encoder, part, device, taken) for part in (data.train, data.test))
+    taken, classes = (cfg.features,), len(splits.classes)
+    train, y = all_features(cfg, encoder, splits.train, device, taken)
+    test, z = all_features(cfg, encoder, splits.test, device, taken)
     x, u = train[cfg.features], test[cfg.features]
     mean, std = x.mean(dim=0), x.std(dim=0) + 1e-6
     x, u = (x - mean) / std, (u - mean) / std
@@ -747,13 +730,15 @@ def linear_sweep(cfg: Config, encoder, device, data) -> dict:
         every = min(10, len(mine))
         held[mine[every - 1::every] if every > 1 else mine[:0]] = True
     heads = SweepHeads(x.shape[1], classes, len(RATES)).to(device)
-    cfg = replace(cfg, batch_size=min(cfg.batch_size, len(x) // common.world() * common.world()))
+    cfg = replace(cfg, batch_size=min(cfg.batch_size, len(x) // common.world_size() * common.world_size()))
     count = 2 * len(RATES)                               # the loss is their mean, which divides each one's gradient
-    groups = [{"params": [p], "scale": count * rate, "weight_decay": cfg.weight_decay / count * (p.ndim > 1)}
+    groups = [{"params": [p], "lr_scale": count * rate,
+               "weight_decay": cfg.weight_decay / count * (p.ndim > 1)}
               for fc, rate in zip(heads.fcs, RATES) for p in fc.parameters()]
     optimizer = torch.optim.SGD(groups, momentum=0.9)
-    steps_per_epoch, peak_lr = common.plan(cfg, len(x))
-    common.say(f"of {len(x)} training pictures, {held.sum()} choose among the rates "
+    steps_per_epoch = common.plan_steps(cfg, len(x))
+    peak_lr = cfg.base_lr * cfg.batch_size / 256
+    common.log(f"of {len(x)} training pictures, {held.sum()} choose among the rates "
                + ", ".join(f"{peak_lr * rate:.3g}" for rate in RATES))
     run = common.Run(f"evaluate, encoder {digest(encoder)}", cfg, heads, optimizer, steps_per_epoch)
     network = distributed(heads)
@@ -765,71 +750,73 @@ def linear_sweep(cfg: Config, encoder, device, data) -> dict:
         seen = torch.stack([~held[rows], torch.ones_like(held[rows])], dim=1).unsqueeze(2)     # (B, 2, 1)
         return (loss * seen).mean()
 
-    fit(cfg, run, network, optimizer, peak_lr, iter(common.Batches(cfg, len(x), run.first, run.last)), loss_of)
+    batches = data.BatchSampler(cfg, len(x), run.first_step, run.last_step)    # of rows of x
+    fit(cfg, run, network, optimizer, batches, loss_of)
     with torch.no_grad():
         right = [(heads(rows)[:, 0].argmax(dim=-1) == labels[:, None]).sum(dim=0)                      # (rates)
                  for rows, labels in zip(x[held].split(1000), y[held].split(1000))]
         best = int(sum(right).argmax()) if held.any() else len(RATES) // 2
-        scores = common.top1_top5(torch.cat([heads(rows)[:, 1, best] for rows in u.split(1000)]), z)
-    common.say(f"learning rate {peak_lr * RATES[best]:.3g} was chosen, "
+        scores = data.topk_accuracy(torch.cat([heads(rows)[:, 1, best] for rows in u.split(1000)]), z)
+    common.log(f"learning rate {peak_lr * RATES[best]:.3g} was chosen, "
                f"{100 * int(sum(right)[best]) / int(held.sum()):.1f} % of the held-out pictures"
                if held.any() else "one picture a class: the middle learning rate was taken")
     return scores | {"chosen_lr": peak_lr * RATES[best]}
 
 
-def probe(cfg: Config, encoder, device, data) -> dict:
+def probe(cfg: Config, encoder, device, splits) -> dict:
     """MAE's linear probe (--no-cached) or the attentive one: a head trained on a frozen encoder."""
-    width, classes = encoder.cls_token.shape[-1], len(data.classes)
+    width, classes = encoder.cls_token.shape[-1], len(splits.classes)
     if cfg.protocol == "attentive":
         heads = max(1, width // 64)
         model = Frozen(encoder, AttentiveHead(width, classes, heads if width % heads == 0 else 1)).to(device)
         groups = common.parameter_groups(model.head, cfg.weight_decay)
         optimizer = torch.optim.AdamW(groups, betas=(0.9, cfg.beta2), fused=True)
     else:
-        if cfg.batch_size // (common.world() * cfg.accumulate) < 2:
+        if cfg.batch_size // (common.world_size() * cfg.accumulate) < 2:
             raise common.UserError("batch normalisation needs two pictures or more in a pass; raise --batch-size")
         encoder.norm = nn.Identity() if cfg.features.endswith("raw") else encoder.norm
         model = Frozen(encoder, LinearHead(width, classes, cfg.features)).to(device)
         optimizer = LARS(model.head.parameters(), weight_decay=cfg.weight_decay)
-    return classify(cfg, model, model.head, optimizer, device, data)
+    return classify(cfg, model, model.head, optimizer, device, splits)
 
 
-def classify(cfg: Config, model, trained, optimizer, device, data, ema=None) -> dict:
+def classify(cfg: Config, model, trained, optimizer, device, splits, ema=None) -> dict:
     """Train model: images -> logits on augmented pictures; score it now and then, report the last.
 
     trained: the module whose weights the run's checkpoint keeps. ema: averages model's weights."""
-    data.train.transform = augment(cfg)
-    steps_per_epoch, peak_lr = common.plan(cfg, len(data.train))
+    splits.train.transform = augment(cfg)
+    steps_per_epoch = common.plan_steps(cfg, len(splits.train))
     run = common.Run(f"evaluate, encoder {digest(model.encoder)}", cfg, trained, optimizer, steps_per_epoch)
-    common.say(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters are trained")
+    common.log(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters are trained")
     if cfg.compile:
         model.compile()
-    network, mix = distributed(model), common.mixing(cfg.mixup, cfg.cutmix, len(data.classes))
+    network, mix = distributed(model), data.mixing(cfg.mixup, cfg.cutmix, len(splits.classes))
 
     def loss_of(batch):
-        images, labels = common.to_device(batch[0], device), batch[1].to(device, non_blocking=True)
+        images, labels = data.to_device(batch[0], device), batch[1].to(device, non_blocking=True)
         images, labels = mix(images, labels)
         with common.autocast(device, cfg.precision):
             logits = network(images)
         return F.cross_entropy(logits.float(), labels, label_smoothing=cfg.smoothing)
 
     def score():
-        scores = accuracy(cfg, model, data.test, device)
+        scores = accuracy(cfg, model, splits.test, device)
         if ema:
-            scores |= {f"ema_{name}": value for name, value in accuracy(cfg, ema, data.test, device).items()}
-        common.say(", ".join(f"{name} {value:.2f} %" for name, value in scores.items()))
+            scores |= {f"ema_{name}": value for name, value in accuracy(cfg, ema, splits.test, device).items()}
+        common.log(", ".join(f"{name} {value:.2f} %" for name, value in scores.items()))
         return scores
 
-    fit(cfg, run, network, optimizer, peak_lr, picture_batches(cfg, data.train, run), loss_of,
-        (lambda: ema.update_parameters(model)) if ema else None, score)
+    batches = data.batches(splits.train, cfg, run.first_step, run.last_step)
+    update_ema = (lambda: ema.update_parameters(model)) if ema else None
+    fit(cfg, run, network, optimizer, batches, loss_of, update_ema, score)
     return run.scores or score()                         # score: it was cut short, or had ended before
 
 
-def finetune(cfg: Config, encoder, device, data, extra: dict, about: dict) -> dict:
+def finetune(cfg: Config, encoder, device, splits, extra: dict, about: dict) -> dict:
     """All weights, end to end; or, with --eval, the score of a fine-tuned checkpoint.
 
     Writes finetuned.pt (and finetuned-ema.pt) with the released parameter names."""
-    classes = len(data.classes)
+    classes = len(splits.classes)
     if cfg.eval:
         if extra.get("head.weight", torch.empty(0)).shape[:1] != (classes,):
             raise common.UserError(f"{cfg.checkpoint} has no classifier of {classes} classes")
@@ -845,7 +832,7 @@ def finetune(cfg: Config, encoder, device, data, extra: dict, about: dict) -> di
         wrong = unexpected + [name for name in missing if not name.startswith("encoder.")]
         if wrong:
             raise common.UserError(f"{cfg.checkpoint} has another classifier: {wrong[:3]}")
-        return accuracy(cfg, model.to(device), data.test, device)
+        return accuracy(cfg, model.to(device), splits.test, device)
     if "pool" in about["config"]:                        # supmim.py's; from here on it is ours
         about["config"]["pool"] = cfg.pool
     common.add_drop_path(encoder.blocks, cfg.drop_path)
@@ -854,11 +841,11 @@ def finetune(cfg: Config, encoder, device, data, extra: dict, about: dict) -> di
     optimizer = torch.optim.AdamW(groups, betas=(0.9, cfg.beta2), fused=True)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema)) if cfg.ema else None
     trained = nn.ModuleList([model, ema] if ema else [model])
-    result = classify(cfg, model, trained, optimizer, device, data, ema)
+    result = classify(cfg, model, trained, optimizer, device, splits, ema)
     for name, part in ({"finetuned": model} | ({"finetuned-ema": ema.module} if ema else {})).items():
         if common.rank() == 0:
             weights = {key: value.cpu() for key, value in part.weights().items()}
-            common.save_whole(about | {"model": weights}, Path(cfg.output, f"{name}.pt"))
+            common.save_atomic(about | {"model": weights}, Path(cfg.output, f"{name}.pt"))
     return result
 
 
@@ -875,7 +862,7 @@ def segment(cfg: Config, encoder, device) -> dict:
     trained = model.head if cfg.frozen else model
     groups = layer_decay_groups(model, cfg.weight_decay, cfg.layer_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, cfg.beta2), fused=True)
-    steps_per_epoch, peak_lr = common.plan(cfg, len(train))
+    steps_per_epoch = common.plan_steps(cfg, len(train))
     run = common.Run(f"evaluate, encoder {digest(encoder)}", cfg, trained, optimizer, steps_per_epoch)
     if cfg.compile:
         model.compile()
@@ -884,12 +871,13 @@ def segment(cfg: Config, encoder, device) -> dict:
     def loss_of(batch):
         (images, masks), _, _ = batch
         with common.autocast(device, cfg.precision):
-            logits = network(common.to_device(images, device))
+            logits = network(data.to_device(images, device))
         truth = masks.to(device, non_blocking=True).long()
         loss = F.cross_entropy(logits.float(), truth, ignore_index=IGNORE, reduction="sum")
         return loss / (truth != IGNORE).sum().clamp(min=1)
 
-    fit(cfg, run, network, optimizer, peak_lr, picture_batches(cfg, train, run), loss_of)
+    batches = data.batches(train, cfg, run.first_step, run.last_step)
+    fit(cfg, run, network, optimizer, batches, loss_of)
     counts = segmentation(cfg, model, test, len(classes), device)
     if common.rank() == 0:
         show(cfg, model, test, len(classes), device, run.folder / "segmentation.png")
@@ -899,68 +887,70 @@ def segment(cfg: Config, encoder, device) -> dict:
 @torch.no_grad()
 def show(cfg: Config, model, pictures: Masked, classes: int, device, path):
     """Write eight pictures, their true and their predicted classes in colours."""
-    crop = common.Centre(cfg.image_size)
+    crop = data.CenterCrop(cfg.image_size)
     palette = torch.from_numpy(np.random.RandomState(1).randint(40, 256, (256, 3))).float() / 255
     palette[0], palette[IGNORE] = 0.1, 1.0
-    mean, std = common.mean_std("cpu")
+    mean, std = data.mean_std("cpu")
     colours = lambda mask: (palette[mask.long().cpu()].permute(0, 3, 1, 2) - mean) / std
-    rows = {"picture": [], "truth": [], "prediction": []}
+    rows = {"image": [], "truth": [], "prediction": []}
     for i in np.linspace(0, len(pictures) - 1, 8).astype(int):
         (image, mask), _, _ = pictures[0, i]
         prediction = segment_pictures(cfg, model, image[None], mask.shape, classes, device)
-        rows["picture"].append(common.to_device(crop(image)[None], "cpu"))
+        rows["image"].append(data.to_device(crop(image)[None], "cpu"))
         for name, found in (("truth", mask[None]), ("prediction", prediction)):
             rows[name].append(crop(colours(found)[0])[None])
-    common.save_rows(path, {name: torch.cat(images) for name, images in rows.items()})
+    data.save_image_grid(path, {name: torch.cat(images) for name, images in rows.items()})
 
 
 def evaluate(cfg: Config) -> dict:
     """Run one protocol; returns the last line of metrics.jsonl."""
-    device = common.start(cfg.seed)
-    data = None
+    device = common.init_distributed(cfg)
+    splits = None
     if cfg.protocol != "segment":
-        data = common.open_data(cfg.data, cfg.data_root, cfg.seed)
-        if data.test is None:
-            raise common.UserError(f"{cfg.data} has no labelled pictures to train and test on")
-        data = data._replace(train=common.subset(data.train, cfg.shots, cfg.percent, cfg.seed))
+        splits = data.open_data(cfg.data, cfg.data_root, cfg.seed)
+        if splits.test is None:
+            raise common.UserError(f"{cfg.data} has no labelled images to train and test on")
+        train = data.subset(splits.train, cfg.shots, cfg.percent, cfg.seed)
+        splits = splits._replace(train=train)
     encoder, extra, about = load_encoder(cfg)
     cfg = replace(cfg, image_size=about["config"]["image_size"])
     if cfg.stride > cfg.image_size:
         raise common.UserError(f"stride {cfg.stride} leaves gaps between windows of {cfg.image_size} pixels")
     torch.manual_seed(cfg.seed)                          # building the encoder took the checkpoint's seed
     encoder.to(device).eval()
-    common.say(f"encoder of {about['method']}: {sum(p.numel() for p in encoder.parameters()):,} parameters, "
+    common.log(f"encoder of {about['method']}: {sum(p.numel() for p in encoder.parameters()):,} parameters, "
                f"{about['config']['num_heads']} heads, input {cfg.image_size} pixels, "
                f"{encoder.grid[0] * encoder.grid[1]} patches")
     if common.rank() == 0:
-        Path(cfg.output).mkdir(parents=True, exist_ok=True)
+        with common.writing_to(cfg.output):
+            Path(cfg.output).mkdir(parents=True, exist_ok=True)
     if cfg.protocol == "segment":
         result = segment(cfg, encoder, device)
     elif cfg.protocol == "finetune":
-        result = finetune(cfg, encoder, device, data, extra, about)
+        result = finetune(cfg, encoder, device, splits, extra, about)
     elif cfg.protocol == "linear" and cfg.cached:
-        result = linear_sweep(cfg, encoder, device, data)
+        result = linear_sweep(cfg, encoder, device, splits)
     elif cfg.protocol in ("linear", "attentive"):
-        result = probe(cfg, encoder, device, data)
+        result = probe(cfg, encoder, device, splits)
     else:
-        result = {"knn": knn, "retrieval": retrieval}[cfg.protocol](cfg, encoder, device, data)
+        result = {"knn": knn, "retrieval": retrieval}[cfg.protocol](cfg, encoder, device, splits)
     result = {"protocol": cfg.protocol, "checkpoint": cfg.checkpoint, "data": cfg.data} | result
-    common.write_metrics(Path(cfg.output), **result)
+    common.append_metrics(Path(cfg.output), **result)
     figures = ("top1", "top5", "ema_top1", "recall1", "recall5", "map", "miou", "pixels")
-    common.say(f"{cfg.protocol}, {cfg.checkpoint}, {cfg.data}: "
+    common.log(f"{cfg.protocol}, {cfg.checkpoint}, {cfg.data}: "
                + ", ".join(f"{name} {result[name]:.1f} %" for name in figures if name in result))
     return result
 
 
 def main(argv=None) -> dict:
-    with common.launched():
+    with common.command_line():
         argv = list(sys.argv[1:] if argv is None else argv)
         if any(word.startswith("--protocol") for word in argv):
             raise common.UserError("the protocol is the first word: python evaluate.py linear ...")
         protocol = argv.pop(0) if argv and not argv[0].startswith("-") else "knn"
         if protocol not in PRESETS:
             raise common.UserError(f"no protocol {protocol}; there are {', '.join(PRESETS)}")
-        return evaluate(common.parse(Config, PRESETS[protocol], ["--protocol", protocol, *argv], __doc__))
+        return evaluate(common.parse_config(Config, PRESETS[protocol], ["--protocol", protocol, *argv], __doc__))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
 """Scaling Language-Image Pre-training via Masking (Li et al., arXiv 2212.00794): FLIP.
 
-CLIP, but a random half of each picture's patches is left out before the image tower, and nothing is put in its place.
-The two towers learn features whose cosine is high for a picture and its own caption, and low for the other captions of
+CLIP, but a random half of each image's patches is left out before the image tower, and nothing is put in its place.
+The two towers learn features whose cosine is high for an image and its own caption, and low for the other captions of
 the batch. Half the patches cost about half as much: the same time buys more pairs, in larger batches. What is scored
-are whole pictures, if wanted after a little more training with them ("unmasked tuning": shapes-tune, laion-tune).
+are whole images, if wanted after a little more training with them ("unmasked tuning": shapes-tune, laion-tune).
 
     loss = 1/2 mean over the G pairs of the batch of [CE(s Z W^T, i) + CE(s W Z^T, i)],   CE: cross-entropy with class i
-           Z, W (G, E): the features of pictures and captions, of length 1;  s <= 100: learned
+           Z, W (G, E): the features of images and captions, of length 1;  s <= 100: learned
 
     images (B, 3, H, W)                                    ids (B, T) of the captions
       | patchify                                             | token_embedding, + pos_embed
     patches (B, N, P*P*3)                                  x (B, T, text width)
-      | kept                                                 | text.blocks, text.norm
+      | visible                                              | text.blocks, text.norm
       | patch_embed, + pos_embed, cls_token, blocks, norm    |
     latent (B, 1+K, D)                                     x (B, T, text width)
       | mean, image_proj, L2-normalised                      | the first one, text.proj, L2-normalised
@@ -19,19 +19,19 @@ are whole pictures, if wanted after a little more training with them ("unmasked 
       +--------------------- gathered ---------------------+
                image (G, E), text (G, E): loss
 
-B pairs of this process, G of all processes, N patches, K kept, D width, P patch side, T ids of a caption, E shared
-width.
-Against mae.py: no decoder; a text tower; pictures with captions; negatives from all processes.
+B pairs of this process, G of all processes, N patches, K visible, D width, P patch side, T ids of a caption, E
+shared width.
+Differences from mae.py: no decoder; a text tower; images with captions; negatives from all processes.
 
-    python flip.py                                    # drawn shapes, no download, 40 s on 2 CPU cores:
-        zero-shot, 64 classes, 2000 pictures, chance 1.6 %: top-1 55.5 %, seen 61.7 %, held out 28.2 %, top-5 97.9 %
-    python flip.py --preset shapes-tune --init runs/flip-shapes/checkpoint.pt       # a little more, with whole pictures
+    python flip.py                                    # synthetic shapes, no download, 40 s on 2 CPU cores:
+        zero-shot, 64 classes, 2000 images, chance 1.6 %: top-1 55.5 %, seen 61.7 %, held out 28.2 %, top-5 97.9 %
+    python flip.py --preset shapes-tune --init runs/flip-shapes/checkpoint.pt       # a little more, with whole images
     python flip.py --zero-shot runs/flip-shapes/checkpoint.pt
-    python flip.py --zero-shot ViT-B-16.pt --trust --towers clip --vocab bpe_simple_vocab_16e6.txt.gz --data imagenet
+    python flip.py --zero-shot ViT-B-16.pt --towers clip --vocab bpe_simple_vocab_16e6.txt.gz --data imagenet
     torchrun --nproc_per_node=8 flip.py --preset laion --data 'tars/{00000..41407}.tar' --vocab vocab.txt --accumulate 8
 
 As in the released code, though the paper does not say so: positions of the image tower are fixed sines and cosines, the
-mean includes the class token, the text tower reads padding, pictures are flipped. Unlike the released code: a caption's
+mean includes the class token, the text tower reads padding, images are flipped. Unlike the released code: a caption's
 feature is read off a [CLS] token in front (--no-text-cls: off its first word piece, as released); GELU is exact, not by
 tanh; the scale is clamped after each step (inside the loss a clamped scale has no gradient) and not decayed. Found
 nowhere, so ours: the decoder of --reconstruction (MAE's, of one block), and that the first token is never masked.
@@ -64,27 +64,23 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from torchvision import datasets
+from torch.utils.data import IterableDataset, get_worker_info
 from torchvision.models import ResNet50_Weights
 from tqdm import tqdm
 
 import common
+import data
 
 
 # ----------------------------------------------------------------------------------------- Config
 @dataclass
-class Config:
+class Config(common.RunConfig):
     data: str = "shapes"          # shapes; a .csv, .tsv or .json of pairs; tar shards; a folder; cifar10, imagenet, ...
-    data_root: str = "data"       # where the named data sets are, or are downloaded to
     image_root: str = ""          # what relative paths in a .csv, .tsv or .json start from; empty: its folder
     test_data: str = ""           # pairs, as in --data, for retrieval at the end; empty: part of --data, of shards none
     test_root: str = ""           # what relative paths in --test-data start from; empty: its folder
-    preset: str = ""              # settings to start from; empty: those of --data, "folder" for others
-    output: str = ""              # folder of the run; empty: runs/flip-DATA, with -tuned after --init
     init: str = ""                # weights to start from: a checkpoint of ours, CLIP's or open_clip's
     zero_shot: str = ""           # weights, as for --init, to score on --data; nothing is trained
-    trust: bool = False           # run the code in a TorchScript file of weights (OpenAI's are such)
     vocab: str = ""               # vocab.txt: BERT's word pieces; .gz: CLIP's byte pairs; empty: bytes
     templates: str = ""           # file of prompts with {} for the class, one a line; empty: the paper's seven
     classnames: str = ""          # file with a name for each class folder: lines in their order, or JSON {folder: name}
@@ -94,17 +90,17 @@ class Config:
     text_mask: Literal["padding", "random"] = "padding"  # padding: it is left out first; random: any id is as likely
     reconstruction: float = 0.0   # weight of MAE's loss, added to the contrastive one (decoder of one block); 0: none
     model: Literal["micro", "tiny", "small", "base", "large", "huge"] = "micro"  # size of both towers
-    embed_dim: int = 0            # width D of the image tower; 0: the model's
-    depth: int = 0                # blocks of the image tower; 0: the model's
-    num_heads: int = 0            # attention heads of the image tower; 0: the model's
-    text_width: int = 0           # width of the text tower; 0: the model's
-    text_depth: int = 0           # blocks of the text tower; 0: the model's
-    text_heads: int = 0           # attention heads of the text tower; 0: the model's
-    proj_dim: int = 0             # width E of the features that are compared; 0: the model's
+    embed_dim: int | None = None  # width D of the image tower; None: the model's
+    depth: int | None = None      # blocks of the image tower; None: the model's
+    num_heads: int | None = None  # attention heads of the image tower; None: the model's
+    text_width: int | None = None  # width of the text tower; None: the model's
+    text_depth: int | None = None  # blocks of the text tower; None: the model's
+    text_heads: int | None = None  # attention heads of the text tower; None: the model's
+    proj_dim: int | None = None   # width E of the features that are compared; None: the model's
     mlp_ratio: float = 4.0        # image tower: hidden width of an MLP / D (the text tower's is always 4)
-    text_length: int = 0          # ids of a caption T; 0: 32 word pieces, 77 others
+    text_length: int | None = None  # ids of a caption T; None: 32 word pieces, 77 others
     text_cls: bool = True         # captions begin with a token of their own; no: as released (towers flip)
-    vocab_size: int = 0           # different ids; 0: the vocabulary's
+    vocab_size: int | None = None  # different ids; None: the vocabulary's
     image_size: int = 32          # side of the square input in pixels
     patch_size: int = 4           # side of a patch in pixels
     crop_scale: float = 1.0       # smallest area of the random crop; 1: no crop
@@ -115,44 +111,35 @@ class Config:
     warmup_epochs: float = 1.0    # epochs of linear warm-up from 0
     base_lr: float = 0.004        # learning rate for 256 pairs a step
     weight_decay: float = 0.2     # AdamW's, on matrices and tokens only
-    seed: int = 0                 # decides weights, order, crops and masks
-    workers: int = 0              # loader processes for each training process; 0: none
     shuffle: int = 5000           # tar shards: pairs among which the next is drawn, for each loader process
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the matrix products; auto: bf16 on a GPU
-    compile: bool = False         # compile the towers: a slow first step, faster ones after it
-    resume: bool = True           # go on from the run folder's checkpoint; no: start afresh
-    max_steps: int = 0            # stop after so many steps of the schedule; 0: at its end
-    save_every: int = 0           # steps between checkpoints, besides one after each epoch; 0: none
-    log_every: int = 50           # steps between lines of metrics.jsonl
-    knn_pictures: int = 500       # training pictures that vote in the final k-NN; 0: all
 
     def __post_init__(self):
         name = re.sub(r"[^\w.-]+", "-", Path(self.data.split("::")[0]).resolve().name).strip("-")
         self.output = self.output or f"runs/flip-{name}{'-tuned' * bool(self.init)}"
         for field, size in zip(SIZE_FIELDS, SIZES[self.model]):
-            setattr(self, field, getattr(self, field) or size)
-        self.text_length = self.text_length or (32 if self.vocab.endswith(".txt") else 77)
-        self.vocab_size = self.vocab_size or open_vocabulary(self.vocab).size
-        common.check(self, ("text_heads", "text_width"), text_width=1, text_depth=1, text_heads=1, proj_dim=1,
-                     text_length=2, shuffle=1, epoch_pairs=0, reconstruction=0)
-        if self.embed_dim % 4:
-            raise common.UserError("embed_dim must be a multiple of 4")
+            if getattr(self, field) is None:
+                setattr(self, field, size)
+        if self.text_length is None:
+            self.text_length = 32 if self.vocab.endswith(".txt") else 77
+        if self.vocab_size is None:
+            self.vocab_size = open_vocabulary(self.vocab).size
+        common.check(self)
         if self.reconstruction and self.embed_dim % math.lcm(8, 2 * max(1, self.num_heads // 2)):
             raise common.UserError("the decoder of --reconstruction has half the embed_dim and half the num_heads, "
                                    "which must divide it, and so must 4")
         patches = (self.image_size // self.patch_size) ** 2
-        if self.mask_ratio < 0 or int(patches * (1 - self.mask_ratio)) < 1:
-            raise common.UserError(f"mask_ratio {self.mask_ratio} leaves nothing to see of {patches} patches, "
-                                   "or is below 0")
-        if self.text_mask_ratio < 0 or int(self.text_length * (1 - self.text_mask_ratio)) < 1:
-            raise common.UserError(f"text_mask_ratio {self.text_mask_ratio} leaves nothing of {self.text_length} ids, "
-                                   "or is below 0")
+        if int(patches * (1 - self.mask_ratio)) < 1:
+            raise common.UserError(f"mask_ratio {self.mask_ratio} leaves nothing to see of "
+                                   f"{patches} patches")
+        if int(self.text_length * (1 - self.text_mask_ratio)) < 1:
+            raise common.UserError(f"text_mask_ratio {self.text_mask_ratio} leaves nothing of "
+                                   f"{self.text_length} ids")
         if self.towers != "flip" and (self.text_mask_ratio or not self.text_cls or self.vocab.endswith(".txt")):
             raise common.UserError("the towers of CLIP read a caption off its end token: no --text-mask-ratio, no "
                                    "--no-text-cls, and a vocabulary whose end token is the largest id "
                                    "(bytes, byte pairs)")
         if self.reconstruction and (self.accumulate > 1 or not self.mask_ratio):
-            raise common.UserError("reconstruction needs hidden patches, and --accumulate 1")
+            raise common.UserError("reconstruction needs masked patches, and --accumulate 1")
 
 
 SIZE_FIELDS = ("embed_dim", "depth", "num_heads", "text_width", "text_depth", "text_heads", "proj_dim")
@@ -162,7 +149,7 @@ SIZES = {"micro": (64, 2, 4, 64, 2, 2, 64), "tiny": (192, 12, 3, 192, 6, 3, 192)
          "huge": (1280, 32, 16, 1024, 24, 16, 1024)}                                                 # table 9
 
 PAPER = dict(image_size=224, patch_size=16, crop_scale=0.5, mask_ratio=0.5, weight_decay=0.2,     # table 10; crop: code
-             workers=12, knn_pictures=20000)
+             workers=12)
 SMALL = PAPER | dict(model="tiny", batch_size=1024, epochs=100, warmup_epochs=5, base_lr=2.5e-4, workers=8)  # ours
 PRESETS = {
     "shapes": dict(text_length=36),                                       # the defaults above; ours
@@ -187,37 +174,44 @@ TEMPLATES = ("itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a phot
 def patchify(images, patch_size: int):
     """(B, C, H, W) -> (B, N, P*P*C): patches row by row; within one: row, column, channel."""
     B, C, H, W = images.shape
-    x = images.reshape(B, C, H // patch_size, patch_size, W // patch_size, patch_size)
-    return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, patch_size * patch_size * C)
+    h, w = H // patch_size, W // patch_size
+    x = images.reshape(B, C, h, patch_size, w, patch_size)                     # (B, C, h, P, w, P)
+    x = x.permute(0, 2, 4, 3, 5, 1)                                            # (B, h, w, P, P, C)
+    return x.reshape(B, h * w, patch_size * patch_size * C)
 
 
-def take(tokens, index):
-    """tokens (B, N, D), index (B, K) -> the rows that index names, (B, K, D)."""
-    return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+def gather_tokens(tokens, index):
+    """tokens (B, N, D), indices (B, K) of some of them -> these (B, K, D)."""
+    index = index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])               # (B, K, D)
+    return tokens.gather(1, index)
 
 
 def sincos_positions(dim: int, grid: tuple[int, int]):
-    """Fixed sine-cosine table (1, 1 + N, dim); the cls token's row 0 is zero.
+    """Fixed sine-cosine table (1, 1 + N, dim); the class token's row 0 is zero.
 
-    The first half of the width tells the column, the second the row: [sin | cos] of the coordinate
-    times 10000^(-i / (dim/4)). (The released code names the halves the other way round.)"""
-    omega = 10000.0 ** (-np.arange(dim // 4) / (dim // 4))
-    row, column = np.indices(grid).reshape(2, -1, 1)                            # (N, 1) each
-    table = [f(t * omega) for t in (column, row) for f in (np.sin, np.cos)]      # 4 x (N, dim/4)
-    table = np.pad(np.concatenate(table, axis=1), ((1, 0), (0, 0)))
+    The first half of the width encodes the column, the second the row: [sin | cos] of coordinate
+    times 10000^(-i / (dim/4)). (The names in the released code suggest the opposite order.)"""
+    omega = 10000.0 ** (-np.arange(dim // 4) / (dim // 4))                     # (dim/4,)
+    row, column = np.indices(grid).reshape(2, -1, 1)                           # (N, 1) each
+    column_angle = column * omega                                              # (N, dim/4)
+    row_angle = row * omega
+    quarters = [np.sin(column_angle), np.cos(column_angle), np.sin(row_angle), np.cos(row_angle)]
+    table = np.concatenate(quarters, axis=1)                                   # (N, dim)
+    table = np.pad(table, ((1, 0), (0, 0)))                                    # (1 + N, dim)
     return torch.from_numpy(table).float().unsqueeze(0)
 
 
 class PatchEmbed(nn.Module):
-    """A convolution's parameters used as a matrix, so that hidden patches are never embedded."""
+    """A linear layer on patches. Its parameters have a convolution's shapes, as in timm and in the
+    released checkpoints; used as a matrix, they can embed the visible patches alone."""
 
     def __init__(self, patch_size, embed_dim):
         super().__init__()
         self.proj = nn.Conv2d(3, embed_dim, patch_size, patch_size)
 
-    def forward(self, patches):                                                 # (B, K, P*P*C)
-        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)                # (D, P*P*C)
-        return F.linear(patches, weight, self.proj.bias)                        # (B, K, D)
+    def forward(self, patches):                                                # (B, K, P*P*C)
+        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)               # (D, P*P*C)
+        return F.linear(patches, weight, self.proj.bias)                       # (B, K, D)
 
 
 class Attention(nn.Module):
@@ -293,29 +287,22 @@ class VisionTransformer(nn.Module):
         nn.init.zeros_(self.patch_embed.proj.bias)
         nn.init.normal_(self.cls_token, std=0.02)
 
-    def tokens(self, patches, kept=None):
-        """patches (B, N, P*P*C) -> tokens after the last norm (B, 1 + K, D), the cls token first.
+    def forward_features(self, patches, visible=None):
+        """patches (B, N, P*P*C) -> tokens after the last norm (B, 1 + K, D), the class token first.
 
-        kept (B, K): the patches to look at; the others are not touched. None: all."""
-        pos = self.pos_embed[:, 1:]                                             # (1, N, D)
-        if kept is not None:
-            patches, pos = take(patches, kept), pos[0, kept]                    # (B, K, ...)
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(patches), -1, -1)
-        x = self.patch_embed(patches) + pos                                     # (B, K, D)
-        x = self.norm_pre(torch.cat([cls, x], dim=1))                           # (B, 1 + K, D)
+        visible (B, K): the patches to look at; the others are not touched. None: all."""
+        pos = self.pos_embed[:, 1:]                                            # (1, N, D)
+        if visible is not None:
+            patches = gather_tokens(patches, visible)                          # (B, K, P*P*C)
+            pos = pos[0, visible]                                              # (B, K, D)
+        x = self.patch_embed(patches) + pos                                    # (B, K, D)
+        cls = self.cls_token + self.pos_embed[:, :1]                           # (1, 1, D)
+        cls = cls.expand(x.shape[0], -1, -1)                                   # (B, 1, D)
+        x = torch.cat([cls, x], dim=1)                                         # (B, 1 + K, D)
+        x = self.norm_pre(x)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
-
-
-def resize_positions(table, grid: tuple[int, int]):
-    """Position table (1, 1 + n*n, D) of a square grid -> (1, 1 + h*w, D), bicubic. Same grid: untouched."""
-    side = round((table.shape[1] - 1) ** 0.5)
-    if grid == (side, side):
-        return table
-    patches = table[:, 1:].transpose(1, 2).unflatten(2, (side, side))
-    patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
-    return torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
 
 
 class TextTower(nn.Module):
@@ -333,48 +320,51 @@ class TextTower(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.pos_embed, std=0.02)
 
-    def forward(self, ids, kept=None):
-        """kept (B, K): the places to look at, the first among them in front; None: all."""
+    def forward(self, ids, visible=None):
+        """visible (B, K): the places to look at, the first among them in front; None: all."""
         x = self.token_embedding(ids) + self.pos_embed                          # (B, T, width)
-        x = x if kept is None else take(x, kept)
+        x = x if visible is None else gather_tokens(x, visible)
         for block in self.blocks:
             x = block(x)
         place = ids.argmax(dim=1) if self.causal else torch.zeros_like(ids[:, 0])
-        return self.proj(self.norm(take(x, place.unsqueeze(1)))[:, 0])
+        return self.proj(self.norm(gather_tokens(x, place.unsqueeze(1)))[:, 0])
 
 
 # ---------------------------------------------------------------------------------------- masking
 def random_masking(noise, mask_ratio: float):
-    """noise (B, N) -> kept (B, K) and hidden (B, N - K) patch numbers, those of least noise kept.
+    """noise (B, N) -> indices of the visible patches (B, K), those of least noise, and of the
+    masked ones (B, M).
 
-    K = floor(N * (1 - mask_ratio)) in floating point, as released: 100 patches at 0.9 keep 9."""
+    K = floor(N * (1 - mask_ratio)) in floating point, as released: 0.9 leaves 9 of 100 patches."""
     K = int(noise.shape[1] * (1 - mask_ratio))
-    order = noise.argsort(dim=1)
+    order = noise.argsort(dim=1)                                               # (B, N)
     return order[:, :K], order[:, K:]
 
 
 def text_masking(noise, ids, mask_ratio: float, kind: str):
-    """noise, ids (B, T) -> kept (B, K) places of a caption, in order. "padding": padding (id 0) is left out first;
-    "random": any place is as likely (section 4.1, "text masking"). The first place is always kept."""
+    """noise, ids (B, T) -> visible places of a caption (B, K), in order. "padding": padding (id 0) is
+    left out first; "random": any place is as likely (section 4.1, "text masking"). The first place is
+    always visible."""
     noise = noise + (ids == 0) if kind == "padding" else noise.clone()
     noise[:, 0] = -1
-    kept, _ = random_masking(noise, mask_ratio)
-    return kept.sort(dim=1).values
+    visible, _ = random_masking(noise, mask_ratio)
+    return visible.sort(dim=1).values
 
 
 # -------------------------------------------------------------------------------- target and loss
 def pixel_target(patches, norm_pix: bool):
-    """patches (B, M, P*P*C) -> what to predict: pixels, or pixels normalised within each patch with
-    the unbiased variance + 1e-6 (section 4.2, "reconstruction target")."""
+    """patches (B, M, P*P*C) -> what to predict: pixels, or pixels normalised within each patch, by
+    its mean and its unbiased variance + 1e-6 (section 3, "reconstruction target")."""
     if not norm_pix:
         return patches
-    mean, var = patches.mean(dim=-1, keepdim=True), patches.var(dim=-1, keepdim=True)
+    mean = patches.mean(dim=-1, keepdim=True)                                  # (B, M, 1)
+    var = patches.var(dim=-1, keepdim=True)                                    # (B, M, 1)
     return (patches - mean) / (var + 1e-6).sqrt()
 
 
 def reconstruction_loss(prediction, target):
-    """Mean squared error of the hidden patches (section 3). Every picture hides as many, so the
-    plain mean is the paper's: per patch first, then over the hidden patches of the batch."""
+    """Mean squared error on the masked patches (section 3). All images have equally many, so the
+    plain mean is the paper's: per patch first, then over the masked patches of the batch."""
     return (prediction.float() - target).square().mean()
 
 
@@ -387,7 +377,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        everyone = x.new_empty(common.world() * len(x), x.shape[1])
+        everyone = x.new_empty(common.world_size() * len(x), x.shape[1])
         dist.all_gather_into_tensor(everyone, x.contiguous())
         return everyone
 
@@ -395,14 +385,16 @@ class Gather(torch.autograd.Function):
     def backward(ctx, gradient):
         gradient = gradient.contiguous()
         dist.all_reduce(gradient)
-        return gradient.chunk(common.world())[common.rank()]
+        return gradient.chunk(common.world_size())[common.rank()]
 
 
 def contrastive_loss(image, text, scale):
     """InfoNCE in both directions (section 3; CLIP): features image and text (B, E) of this process's
     pairs, of length 1, scale () -> its mean over them; all pairs of all processes are the classes."""
     both = torch.cat([image, text], dim=1)                                      # (B, 2E)
-    images, texts = (Gather.apply(both) if common.world() > 1 else both).chunk(2, dim=1)       # (G, E)
+    if common.world_size() > 1:
+        both = Gather.apply(both)                                               # (G, 2E)
+    images, texts = both.chunk(2, dim=1)                                        # (G, E)
     place = torch.arange(len(image), device=image.device) + common.rank() * len(image)
     return (F.cross_entropy(scale * image @ texts.T, place) + F.cross_entropy(scale * text @ images.T, place)) / 2
 
@@ -414,7 +406,7 @@ class FLIP(VisionTransformer):
     towers "flip": mean of the tokens, text read off the first one; "clip" and "open_clip": class token, causal text
     read off the end token, a norm before the blocks."""
 
-    thrown_away = ("text", "image_proj", "logit_scale", "decoder", "mask_token")    # what is not the encoder
+    pretrain_only = ("text", "image_proj", "logit_scale", "decoder", "mask_token")    # what is not the encoder
 
     def __init__(self, image_size, patch_size, embed_dim, depth, num_heads, text_width, text_depth, text_heads,
                  proj_dim, vocab_size, text_length, mlp_ratio=4.0, mask_ratio=0.5, towers="flip", text_mask_ratio=0.0,
@@ -438,7 +430,7 @@ class FLIP(VisionTransformer):
         self.init_weights()
 
     def patches(self, images):
-        """Images (B, 3, H, W), normalised by common.MEAN and STD -> patches (B, N, P*P*3), normalised as the
+        """Images (B, 3, H, W), normalised by data.MEAN and STD -> patches (B, N, P*P*3), normalised as the
         tower wants them."""
         if self.clip:
             scale, shift = clip_scale(images.device)
@@ -447,7 +439,7 @@ class FLIP(VisionTransformer):
 
     def encode(self, images):
         """Normalised images (B, 3, H, W) -> all tokens (B, 1 + N, D); nothing is ever masked."""
-        return self.tokens(self.patches(images))
+        return self.forward_features(self.patches(images))
 
     def pooled(self, tokens):
         """Tokens (B, 1 + K, D) -> features (B, E) fp32 of length 1."""
@@ -455,36 +447,45 @@ class FLIP(VisionTransformer):
         return F.normalize(self.image_proj(x).float(), dim=-1)
 
     def encode_image(self, images):
-        """Normalised images (B, 3, H, W) -> features (B, E) fp32 of length 1, of the whole pictures."""
+        """Normalised images (B, 3, H, W) -> features (B, E) fp32 of length 1, of the whole images."""
         return self.pooled(self.encode(images))
 
-    def encode_text(self, ids, kept=None):
+    def encode_text(self, ids, visible=None):
         """ids (B, T) -> features (B, E) fp32 of length 1."""
-        return F.normalize(self.text(ids, kept).float(), dim=-1)
+        return F.normalize(self.text(ids, visible).float(), dim=-1)
 
-    def decode(self, latent, kept, hidden):
-        """latent (B, 1 + K, D) -> decoder tokens (B, 1 + N, D/2): cls, the kept, then the hidden."""
-        x = self.decoder_embed(latent)                                          # (B, 1 + K, D/2)
-        x = torch.cat([x, self.mask_token.to(x.dtype).expand(len(x), hidden.shape[1], -1)], dim=1)
-        place = F.pad(torch.cat([kept, hidden], dim=1) + 1, (1, 0))             # (B, 1 + N), cls: 0
-        x = x + self.decoder_pos_embed[0, place]
+    def decode(self, latent, visible, masked):
+        """latent (B, 1 + K, D) -> decoder tokens (B, 1 + N, D/2): class token, visible, then masked."""
+        x = self.decoder_embed(latent)                                         # (B, 1 + K, D/2)
+        mask_tokens = self.mask_token.to(x.dtype).expand(x.shape[0], masked.shape[1], -1)
+        x = torch.cat([x, mask_tokens], dim=1)                                 # (B, 1 + N, D/2)
+        position_ids = torch.cat([visible, masked], dim=1) + 1                 # (B, N)
+        position_ids = F.pad(position_ids, (1, 0))                             # (B, 1 + N), class: 0
+        x = x + self.decoder_pos_embed[0, position_ids]
         for block in self.decoder_blocks:
             x = block(x)
         return x
 
     def embed(self, images, ids, noise):
-        """Features (B, E) of images and of ids, masked by the noise, and MAE's loss (0. if not asked for)."""
-        patches, kept, text_kept, extra = self.patches(images), None, None, 0.0          # (B, N, P*P*3)
-        if self.mask_ratio:
-            kept, hidden = random_masking(noise[:, :patches.shape[1]], self.mask_ratio)        # (B, K), (B, N - K)
-        latent = self.tokens(patches, kept)                                     # (B, 1 + K, D)
+        """Features (B, E) of images and of ids, masked by the noise, and MAE's loss (0. if not asked
+        for)."""
+        patches = self.patches(images)                                         # (B, N, P*P*3)
+        visible = None
+        text_visible = None
+        extra = 0.0
+        if self.mask_ratio:                                                    # (B, K), (B, M)
+            visible, masked = random_masking(noise[:, :patches.shape[1]], self.mask_ratio)
+        latent = self.forward_features(patches, visible)                       # (B, 1 + K, D)
         if self.reconstruction:
-            decoded = self.decode(latent, kept, hidden)[:, 1 + kept.shape[1]:]   # (B, N - K, D/2)
-            prediction = self.decoder_pred(self.decoder_norm(decoded))           # (B, N - K, P*P*3)
-            extra = reconstruction_loss(prediction, pixel_target(take(patches, hidden), norm_pix=True))
+            decoded = self.decode(latent, visible, masked)                     # (B, 1 + N, D/2)
+            decoded = decoded[:, 1 + visible.shape[1]:]                        # (B, M, D/2)
+            prediction = self.decoder_pred(self.decoder_norm(decoded))         # (B, M, P*P*3)
+            target = pixel_target(gather_tokens(patches, masked), norm_pix=True)
+            extra = reconstruction_loss(prediction, target)
         if self.text_mask_ratio:
-            text_kept = text_masking(noise[:, patches.shape[1]:], ids, self.text_mask_ratio, self.text_mask)
-        return self.pooled(latent), self.encode_text(ids, text_kept), extra
+            text_noise = noise[:, patches.shape[1]:]                           # (B, T)
+            text_visible = text_masking(text_noise, ids, self.text_mask_ratio, self.text_mask)
+        return self.pooled(latent), self.encode_text(ids, text_visible), extra
 
     def forward(self, images, ids, noise=None, cached=None, part=0):
         """images (B, 3, H, W), normalised; ids (B, T); noise (B, N + T) in [0, 1) decides the masks.
@@ -510,8 +511,8 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 @functools.cache
 def clip_scale(device):
-    """(scale, shift), each (3, 1, 1): from our normalisation of pictures to CLIP's."""
-    ours, theirs = common.mean_std(device), torch.tensor([CLIP_MEAN, CLIP_STD], device=device).view(2, 3, 1, 1)
+    """(scale, shift), each (3, 1, 1): from our normalisation of images to CLIP's."""
+    ours, theirs = data.mean_std(device), torch.tensor([CLIP_MEAN, CLIP_STD], device=device).view(2, 3, 1, 1)
     return ours[1] / theirs[1], (ours[0] - theirs[0]) / theirs[1]
 
 
@@ -537,75 +538,90 @@ def train(cfg: Config) -> dict:
     """Train and measure both towers; returns the last line of metrics.jsonl. With --zero-shot, only measure."""
     if cfg.zero_shot:
         return score_weights(cfg)
-    device = common.start(cfg.seed)
+    device = common.init_distributed(cfg)
     tokenizer = Tokenizer(cfg)
     source = open_source(cfg, tokenizer)
-    data = source.data
-    data.pretrain.transform = common.augment(cfg.image_size, cfg.crop_scale)
+    splits = source.splits
+    splits.pretrain.transform = data.augment(cfg.image_size, cfg.crop_scale)
     model = build(cfg).to(device)
     if cfg.init:
-        state, told = read_weights(cfg.init, cfg.trust)
+        weights, told = read_weights(cfg.init)
         names = ("towers", "text_cls", "num_heads", "text_heads")
         differ = [f"--{name.replace('_', '-')} {told[name]}" for name in names
                   if told.get(name, getattr(cfg, name)) != getattr(cfg, name)]
         if differ:
             raise common.UserError(f"{cfg.init} is of {', '.join(differ)}")
-        load_weights(model, state, cfg.init)
-    optimizer = torch.optim.AdamW(common.parameter_groups(model, cfg.weight_decay, ("pos_embed", "text.pos_embed")),
-                                  betas=(0.9, 0.95), fused=True)                    # table 10
-    steps_per_epoch, peak_lr = common.plan(cfg, len(data.pretrain))
+        refuse_clip_towers(cfg.init, weights, cfg.towers)
+        common.load_weights(model, cfg.init, optional=DECODER, weights=weights)
+    groups = common.parameter_groups(model, cfg.weight_decay, ("pos_embed", "text.pos_embed"))
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)                # table 10
+    steps_per_epoch = common.plan_steps(cfg, len(splits.pretrain))
     run = common.Run("flip", cfg, model, optimizer, steps_per_epoch)
     patches = model.grid[0] * model.grid[1]
-    common.say(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters, "
-               f"{int(patches * (1 - cfg.mask_ratio))} of {patches} patches kept: "
-               f"{multiplications(cfg, cfg.mask_ratio) / multiplications(cfg, 0):.2f} of the multiplications")
+    share = multiplications(cfg, cfg.mask_ratio) / multiplications(cfg, 0)
+    common.log(f"{common.count_parameters(model):,} parameters, "
+               f"{int(patches * (1 - cfg.mask_ratio))} of {patches} patches visible: "
+               f"{share:.2f} of the multiplications")
     if cfg.compile:
         model.embed = torch.compile(model.embed)
-    network = DistributedDataParallel(model) if common.world() > 1 else model
+    network = model                                      # network: the model as all processes share it
+    if common.world_size() > 1:
+        network = DistributedDataParallel(model)
     amp = common.autocast(device, cfg.precision)
-    pictures, texts = examples(source)
-    if pictures is not None:
-        sample = common.sample(pictures, cfg.image_size, len(texts), device), texts, tokenizer.all(texts).to(device)
-    batches = iter(data.pretrain.batches(cfg, run.first, run.last))
+    shown, texts = examples(source)
+    if shown is not None:
+        sample_images = data.sample_images(shown, cfg.image_size, len(texts), device)
+        sample = (sample_images, texts, tokenizer.all(texts).to(device))
+    batches = splits.pretrain.batches(cfg, run.first_step, run.last_step)
 
-    for step in run.steps():
-        lr = common.learning_rate(step, cfg.warmup_epochs * steps_per_epoch, run.total, peak_lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        noise = common.uniform(cfg, step, patches + cfg.text_length, device)     # (parts, B, N + T)
-        parts = [(common.to_device(images, device), ids.to(device, non_blocking=True), noise[part])
-                 for part, (images, ids, *_) in enumerate(itertools.islice(batches, cfg.accumulate))]
+    for step, micro_batches in run.steps(batches):
+        lr = common.set_lr(optimizer, cfg, step, steps_per_epoch)
+        width = patches + cfg.text_length                                      # N + T
+        noise = common.mask_noise(cfg, step, width, device)                    # (accumulate, B, N + T)
+        parts = []
+        for i, (images, ids, *_) in enumerate(micro_batches):
+            images = data.to_device(images, device)
+            ids = ids.to(device, non_blocking=True)
+            parts.append((images, ids, noise[i]))
         cached = None
         if cfg.accumulate > 1:
-            # all pairs of a step are negatives of each other: so first the features of all, without gradient, then each
-            # part once more, with gradient, against the stored ones of the others (GradCache, arXiv 2101.06983)
+            # All pairs of a step are negatives of each other: so first the features of all, without
+            # gradient, then each part once more, with gradient, against the stored ones of the others
+            # (GradCache, arXiv 2101.06983).
             with torch.no_grad(), amp:
-                cached = [torch.stack(features) for features in list(zip(*(model.embed(*part) for part in parts)))[:2]]
-        for part, (images, ids, part_noise) in enumerate(parts):
-            waits = common.world() > 1 and part < cfg.accumulate - 1    # gradients travel once a step
-            with network.no_sync() if waits else contextlib.nullcontext():
+                features = [model.embed(*part)[:2] for part in parts]
+            cached = [torch.stack(of_parts) for of_parts in zip(*features)]    # each (parts, B, E)
+        for i, (images, ids, part_noise) in enumerate(parts):
+            with common.sync_on_last(network, i, cfg.accumulate):              # all-reduce once a step
                 with amp:
-                    loss, *_ = network(images, ids, part_noise, cached, part)
+                    loss, *_ = network(images, ids, part_noise, cached, i)
                 loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))
         if run.end_step(step, loss.detach(), lr) and common.rank() == 0 and texts:
-            picture(model, *sample, run.folder / "similarity.png")
+            save_visualization(model, *sample, run.folder / "similarity.png")
 
-    if isinstance(data.pretrain, Shards):
-        common.say(f"met in all epochs of this run: {data.pretrain.summary(device)}")
-    encoder = {name: value for name, value in model.state_dict().items() if not name.startswith(model.thrown_away)}
-    metrics = run.finish(encoder, {"pixels": common.shrunk_pixels, "trained": common.mean_token(model),
-                                   "untrained": common.mean_token(build(cfg).to(device))}, data,
-                         score(model, source, cfg, tokenizer, device))
+    run.save_encoder(model)
     told = HEADS.get(cfg.embed_dim, cfg.embed_dim // 64), cfg.text_width // 64      # CLIP's names do not tell of heads
     if cfg.towers != "flip" and told == (cfg.num_heads, cfg.text_heads):
         if common.rank() == 0:
-            common.save_whole(to_clip(model), run.folder / "clip.pt")
-        common.say(f"wrote {run.folder}/clip.pt, all weights in CLIP's names")
-    common.say(f"try next: python flip.py --zero-shot {run.folder}/checkpoint.pt --data {cfg.data}")
+            common.save_atomic(to_clip(model), run.folder / "clip.pt")
+        common.log(f"wrote {run.folder}/clip.pt, all weights in CLIP's names")
+    if common.rank() == 0 and texts:                     # again: a kill may have left an older one
+        save_visualization(model, *sample, run.folder / "similarity.png")
+    scores = score(model, source, cfg, tokenizer, device)
+    if isinstance(splits.pretrain, Shards):              # no labels, no files: it counts on its own
+        common.log(f"met in all epochs of this run: {splits.pretrain.summary(device)}")
+        scores["unreadable"] = splits.pretrain.counts(device)[0]
+    else:
+        encoders = {"pixels": data.small_pixels,
+                    "trained": data.mean_patch_token(model),
+                    "untrained": data.mean_patch_token(build(cfg).to(device))}
+        scores |= data.score_encoders(encoders, splits, cfg, device)
+    metrics = run.finish(scores)
+    common.log(f"try next: python flip.py --zero-shot {run.folder}/checkpoint.pt --data {cfg.data}")
     return metrics
 
 
@@ -704,7 +720,7 @@ def open_vocabulary(path: str):
         if path.endswith(".txt"):
             return WordPieces(Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n"))
     except (OSError, EOFError, KeyError, ValueError) as error:
-        raise common.UserError(f"no vocabulary can be read from {path}: {common.why(error)}") from error
+        raise common.UserError(f"no vocabulary can be read from {path}: {common.first_line(error)}") from error
     raise common.UserError(f"--vocab {path}: word pieces are in a .txt (BERT's vocab.txt), byte pairs in a .gz (CLIP's "
                            "bpe_simple_vocab_16e6.txt.gz)")
 
@@ -730,7 +746,7 @@ class Tokenizer:
         return torch.stack([self(text) for text in texts])
 
 
-# ------------------------------------------------------------------------------ pictures with text
+# ------------------------------------------------------------------------------ images with text
 class Texts:
     """Lists of strings, kept in two arrays: millions of them need little memory, which workers share."""
 
@@ -742,11 +758,11 @@ class Texts:
         return self.bytes[self.ends[i]:self.ends[i + 1]].tobytes().decode().split("\n")
 
 
-class Pairs(common.Pictures):
-    """Pictures with captions: an item is (picture uint8 (3, H, W), ids (T,), index).
+class Pairs(data.ImageDataset):
+    """Images with captions: an item is (image uint8 (3, H, W), ids (T,), index).
 
-    Of a picture's captions an epoch shows one, by (seed, epoch, index). captions: a list of strings for
-    each picture, or for each label if by_label; tokenizer: string -> ids (T,)."""
+    Of an image's captions an epoch shows one, by (seed, epoch, index). captions: a list of strings for
+    each image, or for each label if by_label; tokenizer: string -> ids (T,)."""
 
     def __init__(self, source, captions, tokenizer, seed=0, labels=None, by_label=False):
         super().__init__(source, labels, seed)
@@ -756,27 +772,27 @@ class Pairs(common.Pictures):
         return self.captions[self.labels[index] if self.by_label else index]
 
     def __getitem__(self, key):
-        picture, _, index = super().__getitem__(key)
+        image, _, index = super().__getitem__(key)
         texts = self.texts(index)
-        return picture, self.tokenizer(texts[common.mix(self.seed, *key, 1) % len(texts)]), index
+        return image, self.tokenizer(texts[common.derive_seed(self.seed, *key, 1) % len(texts)]), index
 
-    def batches(self, cfg: Config, first: int, last: int) -> DataLoader:
-        """Those of the steps first ... last - 1: (pictures uint8 (b, 3, S, S), ids (b, T), indices (b))."""
-        return common.loader(self, common.Batches(cfg, len(self), first, last), cfg.workers)
+    def batches(self, cfg: Config, first: int, last: int):
+        """Those of the steps first ... last - 1: (images uint8 (b, 3, S, S), ids (b, T), indices (b))."""
+        return data.batches(self, cfg, first, last)
 
 
 class Shards(IterableDataset):
-    """Pairs out of tar shards (webdataset), in whole batches: (pictures uint8 (b, 3, S, S), ids (b, T)).
+    """Pairs out of tar shards (webdataset), in whole batches: (images uint8 (b, 3, S, S), ids (b, T)).
 
-    The files of a sample stand together and have the same name up to its first dot: a picture, and .txt (a caption a
+    The files of a sample stand together and have the same name up to its first dot: an image, and .txt (a caption a
     line) or .json (its "caption"). Each loader process of each training process is a stream: it reads shards of its
     own, in an order that (seed, epoch) decides (with fewer shards than streams: every n-th pair of all), through a
     buffer of --shuffle pairs. Streams give batches in turn, so a resumed run with as many streams skips undecoded what
     each has given. All pairs come once an epoch if the streams are equally long and --epoch-pairs is not set, else
-    equally often on average. An unreadable picture is replaced by another pair of the batch, then a negative of
+    equally often on average. An unreadable image is replaced by another pair of the batch, then a negative of
     itself. `troubles` (streams, kinds) counts what was wrong; a shard cut off between two files looks whole."""
 
-    KINDS = ("unreadable pictures", "pictures without caption", "captions without picture", "unreadable texts",
+    KINDS = ("unreadable images", "images without caption", "captions without image", "unreadable texts",
              "damaged shards")
 
     def __init__(self, files: list[str], cfg: Config, tokenizer):
@@ -784,23 +800,23 @@ class Shards(IterableDataset):
         lost = [file for file in files if not Path(file).is_file()]
         if lost or not files:
             raise common.UserError(f"{len(lost)} of {len(files)} shards are not there: {', '.join(lost[:3])}")
-        self.batch = cfg.batch_size // (common.world() * cfg.accumulate)
+        self.batch = cfg.batch_size // (common.world_size() * cfg.accumulate)
         self.pairs = cfg.epoch_pairs or count_pairs(files)
         if not self.pairs:
-            raise common.UserError(f"no pair of picture and caption in {', '.join(files[:3])}")
-        streams = common.world() * max(1, cfg.workers)
+            raise common.UserError(f"no pair of image and caption in {', '.join(files[:3])}")
+        streams = common.world_size() * max(1, cfg.workers)
         self.troubles = torch.zeros(streams, len(self.KINDS), dtype=torch.int64).share_memory_()
 
-    @property
-    def broken(self):
-        return self.troubles[:, 0]
+    def counts(self, device) -> list[int]:
+        """How often each of KINDS was met, by all processes and in all epochs since the start."""
+        troubles = self.troubles.to(device)
+        if common.world_size() > 1:
+            dist.all_reduce(troubles, dist.ReduceOp.MAX)         # each has filled rows of its own
+        return troubles.sum(dim=0).tolist()
 
     def summary(self, device) -> str:
-        """What was wrong, on all processes and in all epochs since the start."""
-        counts = self.troubles.to(device)
-        if common.world() > 1:
-            dist.all_reduce(counts, dist.ReduceOp.MAX)   # each has filled rows of its own
-        return ", ".join(f"{count} {kind}" for kind, count in zip(self.KINDS, counts.sum(dim=0).tolist()))
+        """What was wrong, in words."""
+        return ", ".join(f"{count} {kind}" for kind, count in zip(self.KINDS, self.counts(device)))
 
     def trouble(self, stream: int, kind: str, name: str, error=""):
         counts = self.troubles[stream]
@@ -811,44 +827,44 @@ class Shards(IterableDataset):
     def __len__(self):
         return self.pairs
 
-    def batches(self, cfg: Config, first: int, last: int) -> DataLoader:
+    def batches(self, cfg: Config, first: int, last: int):
         """Those of the steps first ... last - 1."""
         self.passes = self.pairs // cfg.batch_size * cfg.accumulate             # in an epoch
         self.first, self.last = first * cfg.accumulate, last * cfg.accumulate
-        return common.loader(self, None, cfg.workers)
+        return data.loader(self, None, cfg.workers)
 
     def __iter__(self):
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        now, streams = None, common.world() * workers
+        now, streams = None, common.world_size() * workers
         for i in range(self.first + worker, self.last, workers):
             epoch, place = divmod(i, self.passes)
             if epoch != now:
                 stream, now, position = common.rank() * workers + i % workers, epoch, place // workers * self.batch
                 pairs = itertools.islice(self.stream(epoch, stream, streams), position, None)
-            pictures, ids = [], []
-            for name, data, captions in itertools.islice(pairs, self.batch):
-                seed = common.mix(self.cfg.seed, epoch, stream, position)
+            images, ids = [], []
+            for name, content, captions in itertools.islice(pairs, self.batch):
+                seed = common.derive_seed(self.cfg.seed, epoch, stream, position)
                 position += 1
                 try:
                     with torch.random.fork_rng(devices=[]):
                         torch.default_generator.manual_seed(seed)
-                        picture = self.transform(common.decode(data))
+                        image = self.transform(data.decode(content))
                 except OSError as error:
-                    self.trouble(stream, "unreadable pictures", name, error)
+                    self.trouble(stream, "unreadable images", name, error)
                     continue
-                pictures.append(picture), ids.append(self.tokenizer(captions[seed % len(captions)]))
-            if not pictures:
-                raise OSError(f"none of {self.batch} pictures can be read; the last was {name}")
-            chosen = torch.arange(self.batch) % len(pictures)                   # the good ones step in
-            yield torch.stack(pictures)[chosen], torch.stack(ids)[chosen]
+                images.append(image), ids.append(self.tokenizer(captions[seed % len(captions)]))
+            if not images:
+                raise common.UserError(f"none of {self.batch} images can be read; the last was {name}")
+            chosen = torch.arange(self.batch) % len(images)                     # the good ones step in
+            yield torch.stack(images)[chosen], torch.stack(ids)[chosen]
 
     def stream(self, epoch: int, stream: int, streams: int):
-        """The pairs (name, picture's bytes, captions) of one of several streams, without end."""
-        order = np.random.RandomState(common.mix(self.cfg.seed, epoch)).permutation(len(self.files))
+        """The pairs (name, image's bytes, captions) of one of several streams, without end."""
+        order = np.random.RandomState(common.derive_seed(self.cfg.seed, epoch)).permutation(len(self.files))
         enough = len(self.files) >= streams
         mine = [self.files[i] for i in (order[stream::streams] if enough else order)]
-        chance, buffer, met, last = random.Random(common.mix(self.cfg.seed, epoch, stream)), [], 0, -1
+        chance, buffer, met, last = random.Random(common.derive_seed(self.cfg.seed, epoch, stream)), [], 0, -1
         while met > last:                                # until a whole round finds nothing
             last = met
             for pair in itertools.chain.from_iterable(self.read(file, stream) for file in mine):
@@ -862,22 +878,22 @@ class Shards(IterableDataset):
             chance.shuffle(buffer)
             yield from buffer
             buffer = []
-        raise OSError(f"no pair of picture and caption in {', '.join(mine[:3])}")
+        raise common.UserError(f"no pair of image and caption in {', '.join(mine[:3])}")
 
     def read(self, file: str, stream: int):
         """The pairs of one shard."""
         for name, sample in itertools.groupby(self.members(file, stream), key=lambda member: member[0]):
-            parts = {ending: data for _, ending, data in sample}
-            picture = next((parts[ending] for ending in ENDINGS if ending in parts), None)
+            parts = {ending: content for _, ending, content in sample}
+            image = next((parts[ending] for ending in ENDINGS if ending in parts), None)
             try:
                 texts = captions_of(parts)
             except ValueError as error:
                 self.trouble(stream, "unreadable texts", f"{file}: {name}", error)
                 continue
-            if picture and texts:
-                yield f"{file}: {name}", picture, texts
-            elif picture or texts:
-                kind = "pictures without caption" if picture else "captions without picture"
+            if image and texts:
+                yield f"{file}: {name}", image, texts
+            elif image or texts:
+                kind = "images without caption" if image else "captions without image"
                 self.trouble(stream, kind, f"{file}: {name}")
 
     def members(self, file: str, stream: int):
@@ -892,7 +908,7 @@ class Shards(IterableDataset):
 
 TAR = re.compile(r"\.(tar|tar\.\w+|tgz)$")
 DAMAGE = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)      # what reading a tar can raise
-ENDINGS = [ending[1:] for ending in datasets.folder.IMG_EXTENSIONS]
+ENDINGS = [ending[1:] for ending in data.ENDINGS]
 
 
 def captions_of(parts: dict) -> list[str]:
@@ -936,24 +952,24 @@ def count_pairs(files: list[str]) -> int:
     @functools.cache
     def sizes(folder: Path) -> dict:
         if not (folder / "sizes.json").is_file():
-            common.say(f"counting the pairs in {folder}; --epoch-pairs, or a sizes.json, spares it")
+            common.log(f"counting the pairs in {folder}; --epoch-pairs, or a sizes.json, spares it")
             return {}
         try:
             return {name: int(count) for name, count in json.loads((folder / "sizes.json").read_text()).items()}
-        except (ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise common.UserError(f"{folder}/sizes.json is not {{name: number of pairs}}: "
-                                   f"{common.why(error)}") from error
+                                   f"{common.first_line(error)}") from error
 
     count = [0]
     for file in map(Path, tqdm(files, "counting", disable=None, leave=False) if common.rank() == 0 else ()):
         count[0] += sizes(file.parent).get(file.name) or count_in(file)
-    if common.world() > 1:
+    if common.world_size() > 1:
         dist.broadcast_object_list(count)
     return count[0]
 
 
 def count_in(file: Path) -> int:
-    """The samples of a shard that have a picture and a text, as far as it can be read."""
+    """The samples of a shard that have an image and a text, as far as it can be read."""
     count = 0
     with contextlib.suppress(*DAMAGE), tarfile.open(file) as tar:
         for _, sample in itertools.groupby(files_in(tar), key=lambda each: each[0]):
@@ -974,15 +990,15 @@ def files_in(tar):
 
 class Source(NamedTuple):
     """What there is to train on, and to score with."""
-    data: common.Data                          # pretrain: Pairs or Shards; train, test: for k-NN
-    retrieval: Pairs | None = None             # labels: the pictures' numbers
-    labelled: common.Pictures | None = None    # for the zero-shot accuracy; labels: classes
+    splits: data.Splits                        # pretrain: Pairs or Shards; train, test: for k-NN
+    retrieval: Pairs | None = None             # labels: the images' numbers
+    labelled: data.ImageDataset | None = None  # for the zero-shot accuracy; labels: classes
     prompts: list = ()                         # of each class: its texts
     held_out: np.ndarray | None = None         # (classes,) bool: those of shapes that are not trained on
 
 
 def is_shards(where: str) -> bool:
-    """Tar files, or a folder of them; not one that has its pictures in train/, too, like ImageNet's."""
+    """Tar files, or a folder of them; not one that has its images in train/, too, like ImageNet's."""
     part = where.split("::")[0]
     return bool(TAR.search(part)) or tars_in(Path(part)) != [] and not Path(part, "train").is_dir()
 
@@ -992,25 +1008,25 @@ def tars_in(folder: Path) -> list[str]:
 
 
 def is_listed(where: str) -> bool:
-    """Whether it is a list of pairs, or a folder of pictures with a .txt or .json of the same name."""
-    first = itertools.islice(pictures_in(Path(where)), 100) if Path(where).is_dir() else ()
-    return Path(where).suffix in (".csv", ".tsv", ".json") or any(text_beside(picture) for picture in first)
+    """Whether it is a list of pairs, or a folder of images with a .txt or .json of the same name."""
+    first = itertools.islice(images_in(Path(where)), 100) if Path(where).is_dir() else ()
+    return Path(where).suffix in (".csv", ".tsv", ".json") or any(text_beside(image) for image in first)
 
 
-def pictures_in(folder: Path):
-    return (path for path in folder.rglob("*") if path.suffix.lower() in datasets.folder.IMG_EXTENSIONS)
+def images_in(folder: Path):
+    return (path for path in folder.rglob("*") if path.suffix.lower() in data.ENDINGS)
 
 
-def text_beside(picture: Path) -> Path | None:
-    return next((path for e in (".txt", ".json") if (path := picture.with_suffix(e)).is_file()), None)
+def text_beside(image: Path) -> Path | None:
+    return next((path for e in (".txt", ".json") if (path := image.with_suffix(e)).is_file()), None)
 
 
 def listed(where: str, root: str) -> tuple[list, list]:
     """Pairs (path, captions) to train on and to test on (where the list tells them apart, else none): of a
     .csv or .tsv; a .json of COCO's captions or of Karpathy's splits; a folder with texts beside the
-    pictures, or with such train/ and val/. What is incomplete is left out and counted. Raises UserError."""
+    images, or with such train/ and val/. What is incomplete is left out and counted. Raises UserError."""
     path, found = Path(where), []
-    counts = dict.fromkeys(("pictures without caption", "captions without picture", "unreadable texts"), 0)
+    counts = dict.fromkeys(("images without caption", "captions without image", "unreadable texts"), 0)
     root = Path(root) if root or path.is_dir() else path.parent
     try:
         if path.is_dir():
@@ -1020,28 +1036,28 @@ def listed(where: str, root: str) -> tuple[list, list]:
             parts = json_rows(json.loads(path.read_bytes())) if path.suffix == ".json" else [table_rows(path)]
         for rows in parts:
             pairs = {}
-            for picture, texts in rows:                  # a picture with several captions may have several rows
+            for image, texts in rows:                    # an image with several captions may have several rows
                 try:
                     texts = cleaned(texts)
                 except ValueError:
                     counts["unreadable texts"] += 1
                     texts = []
-                if picture:
-                    pairs.setdefault(str(root / picture), []).extend(texts)
+                if image:
+                    pairs.setdefault(str(root / image), []).extend(texts)
                 else:
-                    counts["captions without picture"] += len(texts)
-            counts["pictures without caption"] += sum(not texts for texts in pairs.values())
+                    counts["captions without image"] += len(texts)
+            counts["images without caption"] += sum(not texts for texts in pairs.values())
             found.append([pair for pair in pairs.items() if pair[1]])
     except (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error) as error:
-        raise common.UserError(f"{where} cannot be read as pairs of picture and caption: {type(error).__name__} "
-                               f"{common.why(error)}") from error
+        raise common.UserError(f"{where} cannot be read as pairs of image and caption: {type(error).__name__} "
+                               f"{common.first_line(error)}") from error
     if not any(found):
-        raise common.UserError(f"no pair of picture and caption in {where}")
+        raise common.UserError(f"no pair of image and caption in {where}")
     first = [path for path, _ in (found[0] or found[1])[:100]]
     if not any(map(os.path.isfile, first)):
-        raise common.UserError(f"none of the first {len(first)} pictures of {where} is there, e.g. {first[0]}; "
+        raise common.UserError(f"none of the first {len(first)} images of {where} is there, e.g. {first[0]}; "
                                "--image-root says what its paths start from")
-    common.say(f"{where}: {' and '.join(f'{len(pairs)} pictures' for pairs in found)} with captions; left out: "
+    common.log(f"{where}: {' and '.join(f'{len(pairs)} images' for pairs in found)} with captions; left out: "
                + ", ".join(f"{count} {kind}" for kind, count in counts.items()))
     return found[0], found[1] if len(found) > 1 else []
 
@@ -1051,21 +1067,21 @@ COLUMNS = (("filepath", "image", "path", "file_name", "filename", "image_path", 
 
 
 def table_rows(path: Path):
-    """(picture, caption) of a table with a title row, by tabs or commas. What is not UTF-8 is escaped."""
+    """(image, caption) of a table with a title row, by tabs or commas. What is not UTF-8 is escaped."""
     csv.field_size_limit(2 ** 24)
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         delimiter = "\t" if "\t" in file.readline() else ","
         file.seek(0)
         rows = csv.DictReader(file, delimiter=delimiter)
         names = rows.fieldnames or []
-        picture, text = (next((n for n in names if n.lower().strip() in known), None) for known in COLUMNS)
-        if not picture or not text:
+        image, text = (next((n for n in names if n.lower().strip() in known), None) for known in COLUMNS)
+        if not image or not text:
             raise ValueError(f"it has the columns {names}; one of {COLUMNS[0]} and one of {COLUMNS[1]} are needed")
-        yield from ((row[picture], row[text]) for row in rows)
+        yield from ((row[image], row[text]) for row in rows)
 
 
 def json_rows(content) -> list:
-    """[rows], or [rows to train on, rows to test on], of (picture, caption)."""
+    """[rows], or [rows to train on, rows to test on], of (image, caption)."""
     if "annotations" in content:                         # COCO: images {id, file_name}, annotations {image_id, caption}
         name = {image["id"]: image["file_name"] for image in content["images"]}
         captioned = ((name.get(a["image_id"]), a["caption"]) for a in content["annotations"])
@@ -1080,33 +1096,33 @@ def json_rows(content) -> list:
 
 def folder_rows(folder: Path, counts: dict):
     lonely = {path.with_suffix("") for path in folder.rglob("*") if path.suffix in (".txt", ".json")}
-    for picture in sorted(pictures_in(folder)):
-        text = text_beside(picture)
-        lonely.discard(picture.with_suffix(""))
+    for image in sorted(images_in(folder)):
+        text = text_beside(image)
+        lonely.discard(image.with_suffix(""))
         try:
             texts = captions_of({text.suffix[1:]: text.read_bytes()}) if text else []
         except ValueError:
             counts["unreadable texts"] += 1
             continue
-        yield picture, texts
-    counts["captions without picture"] += len(lonely)
+        yield image, texts
+    counts["captions without image"] += len(lonely)
 
 
 def pairs_to_score(where: str, root: str, cfg: Config) -> list:
-    """(path or picture, captions): the test part of a list, or all of it; the first 5,000 pairs of shards."""
+    """(path or image, captions): the test part of a list, or all of it; the first 5,000 pairs of shards."""
     if not is_shards(where):
         train, test = listed(where, root)
         return test or train
     shards, found = Shards(expand(where), replace(cfg, epoch_pairs=1), None), []
-    centre = common.Centre(cfg.image_size, margin=False)
+    crop = data.CenterCrop(cfg.image_size, margin=False)
     for file in shards.files:
-        for name, data, captions in itertools.islice(shards.read(file, 0), 5000 - len(found)):
+        for name, content, captions in itertools.islice(shards.read(file, 0), 5000 - len(found)):
             try:
-                found.append((centre(common.decode(data)), captions))
+                found.append((crop(data.decode(content)), captions))
             except OSError as error:
-                shards.trouble(0, "unreadable pictures", name, error)
+                shards.trouble(0, "unreadable images", name, error)
     if not found:
-        raise common.UserError(f"no pair of picture and caption in {where}")
+        raise common.UserError(f"no pair of image and caption in {where}")
     return found
 
 
@@ -1114,7 +1130,7 @@ def open_source(cfg: Config, tokenizer: Tokenizer) -> Source:
     """What --data names, to train on and to score with, or only to score with (--zero-shot). Raises UserError.
 
     Retrieval: the pairs of --test-data; else those that a list keeps for testing; else, in training, every tenth
-    picture of the list, at most 1,000, which are then not trained on; with --zero-shot all pairs of a list, or the
+    image of the list, at most 1,000, which are then not trained on; with --zero-shot all pairs of a list, or the
     first 5,000 of shards."""
     pairs = functools.partial(Pairs, tokenizer=tokenizer, seed=cfg.seed)
     training, test, classes = None, [], cfg.data == "shapes" or not is_shards(cfg.data) and not is_listed(cfg.data)
@@ -1122,7 +1138,7 @@ def open_source(cfg: Config, tokenizer: Tokenizer) -> Source:
         test = pairs_to_score(cfg.test_data, cfg.test_root, cfg)
     elif cfg.zero_shot and not classes:
         test = pairs_to_score(cfg.data, cfg.image_root, cfg)
-        common.say(f"{cfg.data}: if a run was trained on it, only what the list itself keeps for testing was not")
+        common.log(f"{cfg.data}: if a run was trained on it, only what the list itself keeps for testing was not")
     if classes:
         source = open_shapes(pairs) if cfg.data == "shapes" else open_classes(cfg, pairs)
         return source._replace(retrieval=numbered(pairs, test)) if test else source
@@ -1134,39 +1150,40 @@ def open_source(cfg: Config, tokenizer: Tokenizer) -> Source:
             raise common.UserError(f"{cfg.data} has pairs to test on only")
         if not kept and not test:
             every = max(10, math.ceil(len(train) / 1000))
-            common.say(f"no --test-data: every {every}th picture is kept for testing")
+            common.log(f"no --test-data: every {every}th image is kept for testing")
             train, kept = [p for i, p in enumerate(train) if i % every < every - 1], train[every - 1::every]
         training, test = pairs(*zip(*train)), test or kept
     if not test:
-        common.say("no --test-data: nothing is scored at the end")
-    return Source(common.Data(training, None, None, []), numbered(pairs, test) if test else None)
+        common.log("no --test-data: nothing is scored at the end")
+    return Source(data.Splits(training, None, None, []), numbered(pairs, test) if test else None)
 
 
 def numbered(pairs, test: list) -> Pairs:
-    """Pairs (picture or path, captions) with their own numbers as labels."""
-    pictures, texts = zip(*test)
-    pictures = torch.stack(pictures) if torch.is_tensor(pictures[0]) else pictures
-    return pairs(pictures, texts, labels=np.arange(len(test)))
+    """Pairs (image or path, captions) with their own numbers as labels."""
+    images, texts = zip(*test)
+    images = torch.stack(images) if torch.is_tensor(images[0]) else images
+    return pairs(images, texts, labels=np.arange(len(test)))
 
 
 def open_classes(cfg: Config, pairs) -> Source:
-    """Pictures with classes, of which captions and prompts are made; tested on the test set's. Raises UserError."""
-    data = common.open_data(cfg.data, cfg.data_root, cfg.seed)
-    if data.train is None:
+    """Images with classes, of which captions and prompts are made; tested on the test set's. Raises UserError."""
+    splits = data.open_data(cfg.data, cfg.data_root, cfg.seed)
+    if splits.train is None:
         raise common.UserError(f"{cfg.data} has neither captions nor class folders to train on and to test on")
-    names, templates = class_names(cfg, data.classes), TEMPLATES
+    names, templates = class_names(cfg, splits.classes), TEMPLATES
     if cfg.templates:
         templates = [line for line in read_text(cfg.templates).splitlines() if line.strip()]
         if not templates or not all("{}" in line for line in templates):
             raise common.UserError(f"--templates {cfg.templates}: one prompt a line, each with {{}} for the class")
     prompts = [[template.replace("{}", name) for template in templates] for name in names]
     least = math.log(1 + (cfg.batch_size - 1) / len(names))
-    common.say(f"captions: {len(templates)} templates x {len(names)} classes, e.g. {prompts[0][0]!r}. Pictures of one "
+    common.log(f"captions: {len(templates)} templates x {len(names)} classes, e.g. {prompts[0][0]!r}. Images of one "
                f"class are each other's negatives in a batch: the loss stays above about {least:.2f}")
-    training = pairs(data.train.source, prompts, labels=data.train.labels, by_label=True)
-    unsplit = len(data.pretrain) == len(data.train) + len(data.test)           # no val/: part of train/ is the test set
-    labelled = data.pretrain if cfg.zero_shot and unsplit else data.test
-    return Source(data._replace(pretrain=training), None, labelled, prompts)
+    training = pairs(splits.train.source, prompts, labels=splits.train.labels, by_label=True)
+    # no val/: part of train/ is the test set
+    unsplit = len(splits.pretrain) == len(splits.train) + len(splits.test)
+    labelled = splits.pretrain if cfg.zero_shot and unsplit else splits.test
+    return Source(splits._replace(pretrain=training), None, labelled, prompts)
 
 
 def class_names(cfg: Config, folders: list[str]) -> list[str]:
@@ -1189,32 +1206,33 @@ def class_names(cfg: Config, folders: list[str]) -> list[str]:
             name = dict(zip(folders, lines, strict=True))
         return [name[folder].strip() for folder in folders]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise common.UserError(f"--classnames {cfg.classnames}: {common.why(error)}; it needs a name for each of the "
-                               f"{len(folders)} class folders: lines in their order, or folder, tab, name, or JSON "
-                               "{folder: name}") from error
+        raise common.UserError(f"--classnames {cfg.classnames}: {common.first_line(error)}; it needs a name "
+                               f"for each of the {len(folders)} class folders: lines in their order, or folder, tab, "
+                               "name, or JSON {folder: name}") from error
 
 
 def read_text(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise common.UserError(f"{path} cannot be read: {common.why(error)}") from error
+        raise common.UserError(f"{path} cannot be read: {common.first_line(error)}") from error
 
 
 def open_shapes(pairs) -> Source:
-    """The drawn shapes, but for the pairs HELD_OUT, to train on; all 64 pairs of colour and shape as the
-    classes; a test picture of each for retrieval."""
-    train, test = common.shapes("train", np.arange(10_000)), common.shapes("test", np.arange(2_000))
-    train["pair"], test["pair"] = (8 * s["colour"] + s["shape"] for s in (train, test))
-    held_out = np.isin(np.arange(64), [8 * colour + shape for colour, shape in common.HELD_OUT])
+    """The synthetic shapes, but for the pairs HELD_OUT, to train on; all 64 pairs of color and shape as the
+    classes; a test image of each for retrieval."""
+    train = data.synthetic_shapes("train", np.arange(10_000))
+    test = data.synthetic_shapes("test", np.arange(2_000))
+    train["pair"], test["pair"] = (8 * s["color"] + s["shape"] for s in (train, test))
+    held_out = np.isin(np.arange(64), [8 * color + shape for color, shape in data.HELD_OUT])
     one_each = np.unique(test["pair"], return_index=True)[1]
-    of = lambda s, rows: (torch.from_numpy(s["picture"][rows]), [[str(text)] for text in s["caption"][rows]])
-    knn = (common.Pictures(torch.from_numpy(s["picture"]), s["shape"]) for s in (train, test))
-    prompts = [[text.format(a="an" if colour == "orange" else "a", colour=colour, shape=shape)
-                for text in common.CAPTIONS] for colour in common.COLOURS for shape in common.SHAPES]
-    return Source(common.Data(pairs(*of(train, ~held_out[train["pair"]])), *knn, list(common.SHAPES)),
+    of = lambda s, rows: (torch.from_numpy(s["image"][rows]), [[str(text)] for text in s["caption"][rows]])
+    knn = (data.ImageDataset(torch.from_numpy(s["image"]), s["shape"]) for s in (train, test))
+    prompts = [[text.format(a="an" if color == "orange" else "a", color=color, shape=shape)
+                for text in data.CAPTIONS] for color in data.COLORS for shape in data.SHAPES]
+    return Source(data.Splits(pairs(*of(train, ~held_out[train["pair"]])), *knn, list(data.SHAPES)),
                   pairs(*of(test, one_each), labels=np.arange(64)),
-                  common.Pictures(torch.from_numpy(test["picture"]), test["pair"]), prompts, held_out)
+                  data.ImageDataset(torch.from_numpy(test["image"]), test["pair"]), prompts, held_out)
 
 
 # ---------------------------------------------------------------------------------- CLIP's weights
@@ -1268,27 +1286,36 @@ def to_clip(model: FLIP) -> dict:
     return found
 
 
-def read_weights(path: str, trust: bool) -> tuple[dict, dict]:
-    """({our name: tensor}, settings): a checkpoint of ours, with its configuration; or CLIP's names (OpenAI,
-    open_clip, our clip.pt; also as .safetensors), with what their shapes tell. Raises UserError.
+CLIP_DIGESTS = (                                         # SHA-256 of OpenAI's files, which are TorchScript
+    "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",        # ViT-B-32.pt
+    "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",        # ViT-B-16.pt
+    "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",        # ViT-L-14.pt
+    "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",        # ViT-L-14-336px.pt
+)
+DECODER = ("decoder", "mask_token")                      # how the names begin that a file may have or lack
 
-    OpenAI's files are TorchScript, which is a program: `trust` runs it."""
-    try:
-        saved = read_safetensors(path) if path.endswith(".safetensors") else common.read_file(path, trust)
-    except (OSError, ValueError, LookupError) as error:  # of read_safetensors
-        raise common.UserError(f"{path} is no file of weights: {common.why(error)}") from error
+
+def read_weights(path: str) -> tuple[dict, dict]:
+    """({our name: tensor}, settings): a checkpoint of ours, with its configuration; or CLIP's names
+    (OpenAI, open_clip, our clip.pt; also as .safetensors), with what their shapes tell. Raises
+    UserError."""
+    saved, weights = common.read_weights(path, CLIP_DIGESTS)
     if "method" in saved:
         if saved["method"] != "flip":
             raise common.UserError(f"{path} is of {saved['method']}.py, which has no text tower")
-        return saved["model"], saved["config"]
-    state = saved.get("state_dict", saved)
-    if not isinstance(state, dict) or not all(isinstance(n, str) and torch.is_tensor(v) for n, v in state.items()):
-        raise common.UserError(f"{path} holds no weights")
-    state = {name.removeprefix("module.").removeprefix("text."): value for name, value in state.items()}
+        return weights, saved["config"]
+    weights = {name.removeprefix("text."): value for name, value in weights.items()}
     for name in ("input_resolution", "context_length", "vocab_size", "attn_mask"):           # no weights
-        state.pop(name, None)
-    state = from_clip(state)
-    return state, described(state, path)
+        weights.pop(name, None)
+    weights = from_clip(weights)
+    return weights, described(weights, path)
+
+
+def refuse_clip_towers(path: str, weights: dict, towers: str):
+    """Raises UserError if a file holds CLIP's towers and the model has the paper's."""
+    if "norm_pre.weight" in weights and towers == "flip":
+        raise common.UserError(f"{path} has CLIP's towers: --towers clip (OpenAI's, QuickGELU) or "
+                               "open_clip (most others)")
 
 
 HEADS = {1280: 16, 1408: 16, 1664: 16, 1792: 16}         # by width: open_clip's H, g, G and e; else each is 64 wide
@@ -1309,41 +1336,6 @@ def described(state: dict, path: str) -> dict:
             mlp_ratio=len(state["blocks.0.mlp.fc1.bias"]) / width)
     except (KeyError, ValueError) as error:
         raise common.UserError(f"{path} is neither a checkpoint of flip.py nor a CLIP: no {error}") from error
-
-
-def read_safetensors(path: str) -> dict:
-    """{name: tensor}: eight bytes that say how long the JSON header is, the header, the numbers."""
-    data = memoryview(Path(path).read_bytes())
-    length = int.from_bytes(data[:8], "little")
-    header, numbers, found = json.loads(bytes(data[8:8 + length])), data[8 + length:], {}
-    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-             "I64": torch.int64}
-    header.pop("__metadata__", None)
-    for name, about in header.items():
-        start, end = about["data_offsets"]
-        tensor = torch.frombuffer(bytearray(numbers[start:end]), dtype=kinds[about["dtype"]])
-        found[name] = tensor.view(about["shape"])
-    return found
-
-
-def load_weights(model: FLIP, state: dict, path: str):
-    """Put the weights of `read_weights` into a model; positions of another grid are resized (bicubic). Raises
-    UserError unless they fit exactly; only the decoder of --reconstruction may be missing or too much."""
-    decoder = ("decoder", "mask_token")
-    state = {name: value for name, value in state.items() if model.reconstruction or not name.startswith(decoder)}
-    if "pos_embed" in state:
-        state["pos_embed"] = resize_positions(state["pos_embed"], model.grid)
-    own = model.state_dict()
-    missing = {name for name in own.keys() - state.keys() if not name.startswith(decoder)}
-    misfits = {name for name in own.keys() & state.keys() if own[name].shape != state[name].shape}
-    strange = state.keys() - own.keys()
-    if missing or misfits or strange:
-        sizes = [f"{name} {list(state[name].shape)}, not {list(own[name].shape)}" for name in sorted(misfits)[:3]]
-        raise common.UserError(f"{path} does not fit: missing {sorted(missing)[:3]}, unexpected {sorted(strange)[:3]}, "
-                               f"of another size {sizes}; check --towers (CLIP's have norm_pre), --model, --patch-size "
-                               "and the text's flags")
-    model.load_state_dict(state, strict=False)
-    common.say(f"{path}: {len(state)} tensors loaded")
 
 
 # ------------------------------------------------------------------- zero-shot accuracy, retrieval
@@ -1368,82 +1360,82 @@ def recall(similarity, truth, ks=(1, 5, 10)) -> list[float]:
 
 
 def score(model: FLIP, source: Source, cfg: Config, tokenizer: Tokenizer, device) -> dict:
-    """Zero-shot accuracy and retrieval, printed and returned, in percent; of whole pictures."""
-    found, size = {}, {"size": cfg.image_size, "device": device, "workers": cfg.workers}
-    size["view"] = common.Centre(cfg.image_size, margin=False)                  # CLIP's: the whole shorter side
+    """Zero-shot accuracy and retrieval, printed and returned, in percent; of whole images."""
+    found = {}
+    crop = data.CenterCrop(cfg.image_size, margin=False)                # CLIP's: the whole shorter side
+    size = {"size": cfg.image_size, "device": device, "workers": cfg.workers, "transform": crop}
     if source.labelled is not None:
-        images, labels = common.features(model.encode_image, source.labelled, **size)
+        images, labels = data.features(model.encode_image, source.labelled, **size)
         logits = images @ class_features(model, source.prompts, tokenizer, device).T           # (n, classes)
-        top = common.top1_top5(logits, labels)
+        top = data.topk_accuracy(logits, labels)
         found["zero_shot"] = top["top1"]
         if source.held_out is not None:
             held_out = torch.from_numpy(source.held_out).to(device)[labels]
             for name, of in (("seen", ~held_out), ("held_out", held_out)):
-                found[f"zero_shot_{name}"] = common.top1_top5(logits[of], labels[of])["top1"]
+                found[f"zero_shot_{name}"] = data.topk_accuracy(logits[of], labels[of])["top1"]
         found["zero_shot_top5"] = top["top5"]
         titles = {"zero_shot": "top-1", "zero_shot_seen": "seen", "zero_shot_held_out": "held out",
                   "zero_shot_top5": "top-5"}
-        common.say(f"zero-shot, {logits.shape[1]} classes, {len(labels)} pictures, chance "
+        common.log(f"zero-shot, {logits.shape[1]} classes, {len(labels)} images, chance "
                    f"{100 / logits.shape[1]:.1f} %: " + ", ".join(f"{titles[n]} {v:.1f} %" for n, v in found.items()))
     if source.retrieval is not None:
-        images, rows = common.features(model.encode_image, source.retrieval, **size)
+        images, rows = data.features(model.encode_image, source.retrieval, **size)
         captions = [source.retrieval.texts(row) for row in rows.tolist()]
         owner = torch.tensor([i for i, texts in enumerate(captions) for _ in texts], device=device)
         texts = text_features(model, [text for texts in captions for text in texts], tokenizer, device)
-        truth = owner == torch.arange(len(images), device=device)[:, None]      # (pictures, captions)
+        truth = owner == torch.arange(len(images), device=device)[:, None]      # (images, captions)
         recalls = {"image_to_text": recall(images @ texts.T, truth), "text_to_image": recall(texts @ images.T, truth.T)}
         found |= {f"{name}_{k}": value for name, values in recalls.items() for k, value in zip((1, 5, 10), values)}
-        common.say(f"retrieval, {len(images)} pictures, {len(texts)} captions, recall@1/5/10: " + ", ".join(
+        common.log(f"retrieval, {len(images)} images, {len(texts)} captions, recall@1/5/10: " + ", ".join(
             f"{name.replace('_', ' ')} {'/'.join(f'{v:.1f}' for v in values)} %" for name, values in recalls.items()))
     return found
 
 
-def examples(source: Source, count: int = 8) -> tuple[common.Pictures | None, list[str]]:
-    """Up to `count` of the pictures that are scored, evenly spread, and a text of each; (None, []) if nothing is."""
-    pictures = source.retrieval or source.labelled
-    if pictures is None:
+def examples(source: Source, count: int = 8) -> tuple[data.ImageDataset | None, list[str]]:
+    """Up to `count` of the images that are scored, evenly spread, and a text of each; (None, []) if nothing is."""
+    shown = source.retrieval or source.labelled
+    if shown is None:
         return None, []
-    rows = np.linspace(0, len(pictures) - 1, min(count, len(pictures))).astype(int)
-    texts = [source.retrieval.texts(i)[0] if source.retrieval else source.prompts[pictures.labels[i]][0] for i in rows]
-    return pictures, texts
+    rows = np.linspace(0, len(shown) - 1, min(count, len(shown))).astype(int)
+    texts = [source.retrieval.texts(i)[0] if source.retrieval else source.prompts[shown.labels[i]][0] for i in rows]
+    return shown, texts
 
 
 @torch.no_grad()
-def picture(model: FLIP, images, texts: list[str], ids, path):
-    """Write the images (n, 3, H, W), normalised, and below them, for each text, of ids (n, T), its cosine with
-    each of them as a colour."""
-    cosine = model.encode_text(ids) @ model.encode_image(images).T              # (texts, images)
-    low, high = cosine.min(), cosine.max()
-    share = ((cosine - low) / (high - low).clamp(min=1e-6)).view(len(texts), -1, 1, 1, 1)
-    mean, std = common.mean_std(images.device)
-    colours = torch.tensor([(30, 30, 110), (255, 230, 60)], device=images.device).view(2, 3, 1, 1)
-    cold, warm = (colours / 255 - mean) / std
-    tiles = (cold + share * (warm - cold)).expand(-1, -1, -1, images.shape[-2] // 4, images.shape[-1])
-    plain = [text.encode("ascii", "replace").decode() for text in texts]
-    rows = {f"{i}. {text}": row for i, (text, row) in enumerate(zip(plain, tiles), 1)}
-    common.save_rows(path, {f"pictures 1 to {len(images)}; cosines: blue {low:.2f}, yellow {high:.2f}": images} | rows)
+def save_visualization(model: FLIP, images, texts: list[str], ids, path):
+    """Write the images (n, 3, H, W), normalised, and below them, for each text, of ids (n, T), its
+    cosine with each of them as a color."""
+    cosine = model.encode_text(ids) @ model.encode_image(images).T             # (texts, images)
+    low = cosine.min()
+    high = cosine.max()
+    share = (cosine - low) / (high - low).clamp(min=1e-6)                      # 0 to 1
+    tiles = data.heat_patches(share, 1)[..., None, None]                       # (texts, images, 3, 1, 1)
+    tiles = tiles.expand(-1, -1, -1, images.shape[-2] // 4, images.shape[-1])
+    rows = {f"images 1 to {len(images)}; cosines: blue {low:.2f}, yellow {high:.2f}": images}
+    for i, (text, row) in enumerate(zip(texts, tiles), 1):
+        plain = text.encode("ascii", "replace").decode()
+        rows[f"{i}. {plain}"] = row
+    data.save_image_grid(path, rows)
 
 
 def score_weights(cfg: Config) -> dict:
     """--zero-shot: score weights on --data. The towers are those of the file."""
-    device = common.start(cfg.seed)
-    state, told = read_weights(cfg.zero_shot, cfg.trust)
-    if "norm_pre.weight" in state and cfg.towers == "flip" == told.get("towers", "flip"):
-        raise common.UserError(f"{cfg.zero_shot} has CLIP's towers: --towers clip (OpenAI's, QuickGELU) or open_clip "
-                               "(most others)")
+    device = common.init_distributed(cfg)
+    weights, told = read_weights(cfg.zero_shot)
+    refuse_clip_towers(cfg.zero_shot, weights, told.get("towers", cfg.towers))
     names = (*SIZE_FIELDS, "towers", "mlp_ratio", "text_length", "text_cls", "vocab_size", "image_size", "patch_size",
              *(() if cfg.vocab else ("vocab",)))
     cfg = replace(cfg, **{name: told[name] for name in names if name in told})
     tokenizer = Tokenizer(cfg)
     model = build(cfg)
-    load_weights(model, state, cfg.zero_shot)
+    common.load_weights(model, cfg.zero_shot, optional=DECODER, weights=weights)
     source = open_source(cfg, tokenizer)
     return score(model.to(device), source, cfg, tokenizer, device)
 
 
 def main(argv=None) -> dict:
-    with common.launched():
-        return train(common.parse(Config, PRESETS, argv, __doc__))
+    with common.command_line():
+        return train(common.parse_config(Config, PRESETS, argv, __doc__))
 
 
 if __name__ == "__main__":

@@ -1,32 +1,32 @@
 """A Unified View of Masked Image Modeling (Peng et al., arXiv 2210.10615): MaskDistill.
 
-A frozen teacher looks at the whole picture; a student, for which 40 % of the patches are replaced by
+A frozen teacher looks at the whole image; a student, for which 40 % of the patches are replaced by
 a mask token, predicts the teacher's normalised features of just those patches with one linear layer.
 CLIP, DINO, HOG, pixels, the student's own average: the teacher is what separates the methods.
 
-    loss = mean over hidden patches and channels of L(N(T(whole picture)), H(S(masked picture)))   (eq. 1)
+    loss = mean over masked patches and channels of L(N(T(whole image)), H(S(masked image)))   (eq. 1)
 
     images (B, 3, H, W)
-      | patchify                                           | teacher, whole picture
-    patches (B, N, P*P*3)                                features (B, M, E), of the hidden only
-      | visible: patch_embed, hidden: mask_token           | normalize
+      | patchify                                           | teacher, whole image
+    patches (B, N, P*P*3)                                features (B, M, E), of the masked only
+      | visible: patch_embed, masked: mask_token           | normalize
       | cls_token, blocks with relative positions        target (B, M, E)
-    tokens (B, M, D), of the hidden only                   |
+    tokens (B, M, D), of the masked only                   |
       | norm, distill_head                               loss
     prediction (B, M, E) ----------------------------------+
 
-B batch, N patches, M hidden, K = N - M kept, D width, E the teacher's width, P patch side.
-Against mae.py: the encoder meets mask tokens in place of the hidden patches, and there is no decoder;
-rectangles of patches are hidden; relative positions, layer scale and no bias of the keys (BEiT v2).
+B batch, N patches, M masked, K = N - M visible, D width, E the teacher's width, P patch side.
+Against mae.py: the encoder meets mask tokens in place of the masked patches, and there is no decoder;
+rectangles of patches are masked; relative positions, layer scale and no bias of the keys (BEiT v2).
 The parts of equation 1 are settings. Nearly these methods:
 
     MAE, dense            --teacher pixels --loss l2 --masking random --mask-ratio 0.75
     MaskFeat              --teacher hog --normalize none --loss l2
     data2vec              --teacher momentum --beta 2 --mask-ratio 0.6
-    feature distillation  --teacher clip --mask-ratio 0 --beta 2      (none hidden: all patches are scored)
+    feature distillation  --teacher clip --mask-ratio 0 --beta 2      (none masked: all patches are scored)
 
-    python maskdistill.py                             # drawn shapes, no download, 35 s on 2 CPU cores:
-        k-NN accuracy, 8 classes, 2000 test pictures: pixels 28.2 %, trained 40.3 %, untrained 18.4 %, teacher 93.6 %
+    python maskdistill.py                             # synthetic shapes, no download, 35 s on 2 CPU cores:
+        k-NN accuracy, 8 classes, 2000 test images: pixels 28.2 %, trained 40.3 %, untrained 18.4 %, teacher 93.6 %
         (with one thread 48 %: a run so short stops just as the student starts to learn)
     python maskdistill.py --data FOLDER --teacher ViT-B-16.pt       # --model small unless told
     torchrun --nproc_per_node=8 maskdistill.py --data imagenet --data-root /where/imagenet/is
@@ -39,7 +39,6 @@ norm, without its projection, are our choice. `--teacher self` stands in for CLI
 small ViT that first learns the labels of the data. Labels enter only there.
 """
 
-import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -51,68 +50,44 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import common
+import data
 
 
 # ----------------------------------------------------------------------------------------- Config
 @dataclass
-class Config:
-    data: str = "shapes"          # shapes, cifar10, cifar100, stl10, tiny-imagenet, imagenet, or a folder
-    data_root: str = "data"       # where the named data sets are, or are downloaded to
-    preset: str = ""              # settings to start from; empty: those of --data, "folder" for a folder
-    output: str = ""              # folder of the run; empty: runs/maskdistill-DATA
+class Config(common.RunConfig):
     teacher: str = "self"         # clip, clip-large, dino, self, hog, pixels, momentum, random, or a file of weights
     teacher_feature: Literal["post", "raw", "proj"] = "post"  # after its last norm, before it, or CLIP's projection
-    teacher_epochs: int = 6       # self: passes over the labelled pictures, before the student begins
-    teacher_lr: float = 0.016     # self: learning rate for 256 pictures a step
-    trust: bool = False           # run the code in a TorchScript file given as --teacher (released CLIP: always)
+    teacher_epochs: int = 6       # self: passes over the labelled images, before the student begins
+    teacher_lr: float = 0.016     # self: learning rate for 256 images a step
     normalize: Literal["ln", "l2", "none"] = "ln"  # the target: each token to mean 0, variance 1, or to length sqrt(E)
     loss: Literal["smooth_l1", "l2", "l1", "cosine"] = "smooth_l1"  # between prediction and target
     beta: float = 1.0             # smooth_l1: quadratic below, linear above
-    masking: Literal["block", "random"] = "block"  # hide rectangles or single patches
-    mask_ratio: float = 0.4       # share of the patches that is hidden
-    min_block: int = 2            # smallest area of a hidden rectangle, in patches
-    student: Literal["dense", "sparse"] = "dense"  # sparse: hidden patches dropped, visible ones scored
+    masking: Literal["block", "random"] = "block"  # mask rectangles or single patches
+    mask_ratio: float = 0.4       # share of the patches that is masked
+    min_block: int = 2            # smallest area of a masked rectangle, in patches
+    student: Literal["dense", "sparse"] = "dense"  # sparse: masked patches dropped, visible ones scored
     momentum: float = 0.999       # momentum: decay of the average of the student
     model: Literal["micro", "tiny", "small", "base", "large", "huge"] = "micro"  # size of the encoder
-    embed_dim: int = 0            # width D; 0: the model's
-    depth: int = 0                # blocks; 0: the model's
-    num_heads: int = 0            # attention heads; 0: the model's
-    mlp_ratio: float = 4.0        # hidden width of an MLP / D
     layer_scale: float = 1.0      # first value of the gains of the branches
     drop_path: float = 0.0        # chance to drop the last block's branches; 0 at the first block
     image_size: int = 32          # side of the square input in pixels
     patch_size: int = 8           # side of a patch in pixels
     crop_scale: float = 1.0       # smallest area of the random crop; 1: no crop
     color_jitter: float = 0.0     # strength of random brightness, contrast, saturation
-    batch_size: int = 64          # global batch: pictures in an optimiser step, all processes and passes together
-    accumulate: int = 1           # gradient accumulation: forward-backward passes in a step, to save memory
+    batch_size: int = 64          # images in an optimizer step, of all processes and micro-batches
+    accumulate: int = 1           # micro-batches in a step: gradient accumulation, to save memory
     epochs: int = 8               # passes over the data
     warmup_epochs: float = 1.0    # epochs of linear warm-up from 0
-    base_lr: float = 0.005        # learning rate for 256 pictures a step
+    base_lr: float = 0.005        # learning rate for 256 images a step
     min_lr: float = 1e-5          # learning rate at the end
     weight_decay: float = 0.05    # AdamW's, on matrices and the mask token only
     clip_grad: float = 3.0        # largest norm of the gradient
-    seed: int = 0                 # decides weights, order, crops, masks and drops
-    workers: int = 0              # loader processes for each training process; 0: none
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the matrix products; auto: bf16 on a GPU
-    compile: bool = False         # compile the model: a slow first step, faster ones after it
-    resume: bool = True           # go on from the run folder's checkpoint; no: start afresh
-    max_steps: int = 0            # stop after so many steps of the schedule; 0: at its end
-    save_every: int = 0           # steps between checkpoints, besides one after each epoch; 0: none
-    log_every: int = 50           # steps between lines of metrics.jsonl
-    knn_pictures: int = 500       # training pictures that vote in the final k-NN; 0: all
 
     def __post_init__(self):
-        self.output = self.output or f"runs/maskdistill-{Path(self.data).resolve().name}"
-        for name, size in zip(("embed_dim", "depth", "num_heads"), SIZES[self.model]):
-            setattr(self, name, getattr(self, name) or size)
-        common.check(self, teacher_epochs=1, min_block=1)
-        if self.embed_dim % 4:
-            raise common.UserError("embed_dim must be a multiple of 4")
-        if self.beta <= 0 or self.clip_grad <= 0:
-            raise common.UserError("beta and clip_grad must be more than 0")
-        if not (0 <= self.drop_path < 1 and 0 <= self.momentum <= 1):
-            raise common.UserError("drop_path must be from 0 to less than 1, momentum from 0 to 1")
+        self.output = self.output or common.default_output("maskdistill", self.data)
+        self.embed_dim, self.depth, self.num_heads = SIZES[self.model]
+        common.check(self)
         patches = (self.image_size // self.patch_size) ** 2
         if not 0 <= int(patches * self.mask_ratio) < patches:
             raise common.UserError(f"mask_ratio {self.mask_ratio} leaves nothing to see of {patches} patches")
@@ -130,7 +105,7 @@ SIZES = {"micro": (64, 2, 4), "tiny": (192, 12, 3), "small": (384, 12, 6), "base
 PAPER = dict(teacher="clip", normalize="ln", loss="smooth_l1", beta=1.0, masking="block", mask_ratio=0.4, min_block=16,
              layer_scale=0.1, drop_path=0.0, image_size=224, patch_size=16, crop_scale=0.2, color_jitter=0.4,
              batch_size=2048, epochs=300, warmup_epochs=10, base_lr=1.5e-3 / 8, min_lr=1e-5, weight_decay=0.05,
-             clip_grad=3.0, workers=12, knn_pictures=20000)
+             clip_grad=3.0, workers=12)
 SMALL = PAPER | dict(teacher="self", teacher_epochs=100, teacher_lr=1e-3, model="tiny", min_block=4,
                      batch_size=1024, workers=8)                                             # ours
 PRESETS = {
@@ -146,47 +121,57 @@ PRESETS = {
 }
 
 
-# ---------------------------------------------- Vision Transformer (the same text in every script)
+# ----------------------------------------- Vision Transformer (an identical copy in every script)
 def patchify(images, patch_size: int):
     """(B, C, H, W) -> (B, N, P*P*C): patches row by row; within one: row, column, channel."""
     B, C, H, W = images.shape
-    x = images.reshape(B, C, H // patch_size, patch_size, W // patch_size, patch_size)
-    return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, patch_size * patch_size * C)
+    h, w = H // patch_size, W // patch_size
+    x = images.reshape(B, C, h, patch_size, w, patch_size)                     # (B, C, h, P, w, P)
+    x = x.permute(0, 2, 4, 3, 5, 1)                                            # (B, h, w, P, P, C)
+    return x.reshape(B, h * w, patch_size * patch_size * C)
 
 
 def unpatchify(patches, patch_size: int, grid: tuple[int, int]):
     """The inverse of `patchify`, on a grid of (rows, columns) patches."""
-    x = patches.reshape(len(patches), *grid, patch_size, patch_size, -1)
-    return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)               # (B, C, H, W)
+    B = patches.shape[0]
+    h, w = grid
+    x = patches.reshape(B, h, w, patch_size, patch_size, -1)                   # (B, h, w, P, P, C)
+    x = x.permute(0, 5, 1, 3, 2, 4)                                            # (B, C, h, P, w, P)
+    return x.reshape(B, -1, h * patch_size, w * patch_size)                    # (B, C, H, W)
 
 
-def take(tokens, index):
-    """tokens (B, N, D), index (B, K) -> the rows that index names, (B, K, D)."""
-    return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+def gather_tokens(tokens, index):
+    """tokens (B, N, D), indices (B, K) of some of them -> these (B, K, D)."""
+    index = index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])               # (B, K, D)
+    return tokens.gather(1, index)
 
 
 def sincos_positions(dim: int, grid: tuple[int, int]):
-    """Fixed sine-cosine table (1, 1 + N, dim); the cls token's row 0 is zero.
+    """Fixed sine-cosine table (1, 1 + N, dim); the class token's row 0 is zero.
 
-    The first half of the width tells the column, the second the row: [sin | cos] of the coordinate
-    times 10000^(-i / (dim/4)). (The released code names the halves the other way round.)"""
-    omega = 10000.0 ** (-np.arange(dim // 4) / (dim // 4))
-    row, column = np.indices(grid).reshape(2, -1, 1)                            # (N, 1) each
-    table = [f(t * omega) for t in (column, row) for f in (np.sin, np.cos)]      # 4 x (N, dim/4)
-    table = np.pad(np.concatenate(table, axis=1), ((1, 0), (0, 0)))
+    The first half of the width encodes the column, the second the row: [sin | cos] of coordinate
+    times 10000^(-i / (dim/4)). (The names in the released code suggest the opposite order.)"""
+    omega = 10000.0 ** (-np.arange(dim // 4) / (dim // 4))                     # (dim/4,)
+    row, column = np.indices(grid).reshape(2, -1, 1)                           # (N, 1) each
+    column_angle = column * omega                                              # (N, dim/4)
+    row_angle = row * omega
+    quarters = [np.sin(column_angle), np.cos(column_angle), np.sin(row_angle), np.cos(row_angle)]
+    table = np.concatenate(quarters, axis=1)                                   # (N, dim)
+    table = np.pad(table, ((1, 0), (0, 0)))                                    # (1 + N, dim)
     return torch.from_numpy(table).float().unsqueeze(0)
 
 
 class PatchEmbed(nn.Module):
-    """A convolution's parameters used as a matrix, so that hidden patches are never embedded."""
+    """A linear layer on patches. Its parameters have a convolution's shapes, as in timm and in the
+    released checkpoints; used as a matrix, they can embed the visible patches alone."""
 
     def __init__(self, patch_size, embed_dim):
         super().__init__()
         self.proj = nn.Conv2d(3, embed_dim, patch_size, patch_size)
 
-    def forward(self, patches):                                                 # (B, K, P*P*C)
-        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)                # (D, P*P*C)
-        return F.linear(patches, weight, self.proj.bias)                        # (B, K, D)
+    def forward(self, patches):                                                # (B, K, P*P*C)
+        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)               # (D, P*P*C)
+        return F.linear(patches, weight, self.proj.bias)                       # (B, K, D)
 
 
 # ------------------------------ with relative positions and layer scale (the same text in dtm.py)
@@ -316,15 +301,15 @@ class VisionTransformer(nn.Module):
             for linear in (block.attn.proj, block.mlp.fc2):
                 linear.weight.data.div_((2 * layer) ** 0.5)
 
-    def layers(self, x, kept=None, noise=None, top=1):
+    def layers(self, x, visible=None, noise=None, top=1):
         """Embedded patches (B, K, D) -> what the last `top` blocks put out, a list of (B, 1 + K, D).
 
-        kept (B, K): which patches these are (only with a table of positions); None: all, in order.
+        visible (B, K): which patches these are (only with a table of positions); None: all.
         noise (B, depth, 2) in [0, 1) decides which branches are dropped; None: none."""
         cls, outputs = self.cls_token.expand(len(x), -1, -1), []
         bias = None if self.rel_pos_bias is None else self.rel_pos_bias()       # (1, heads, 1 + N, 1 + N)
         if self.pos_embed is not None:
-            pos = self.pos_embed[:, 1:] if kept is None else self.pos_embed[0, 1:][kept]
+            pos = self.pos_embed[:, 1:] if visible is None else self.pos_embed[0, 1:][visible]
             cls, x = cls + self.pos_embed[:, :1], x + pos
         x = self.norm_pre(torch.cat([cls, x], dim=1))                           # (B, 1 + K, D)
         for i, (block, rate) in enumerate(zip(self.blocks, self.drop_rates)):
@@ -342,16 +327,17 @@ class VisionTransformer(nn.Module):
 
 # ---------------------------------------------------------------------------------------- masking
 def block_masking(noise, grid: tuple[int, int], count: int, least: int):
-    """noise (B, 4 * tries + N) in [0, 1) -> kept (B, N - count) and hidden (B, count) patch numbers.
+    """noise (B, 4 * tries + N) in [0, 1) -> numbers of the visible patches (B, N - count) and of
+    the masked ones (B, count).
 
-    Rectangles (area from `least` to what is missing, log aspect from log 0.3 to -log 0.3) are tried and
-    kept if they hide one to all of the missing patches more; when ten in a row fail, or the tries are
-    over, random patches fill up (BEiT's algorithm, here for all pictures at once)."""
+    Rectangles (area from `least` to what is missing, log aspect from log 0.3 to -log 0.3) are tried
+    and kept if they mask one to all of the missing patches more; when ten in a row fail, or the
+    tries are over, random patches fill up (BEiT's algorithm, here for all images at once)."""
     (h, w), N, B = grid, grid[0] * grid[1], len(noise)
     u = noise[:, :-N].view(B, -1, 4, 1).permute(1, 2, 0, 3)                     # (tries, 4, B, 1)
     stretch = 0.3 ** (u[:, 1] - 0.5)                                            # height / side, side / width
     row, column = torch.arange(h, device=noise.device), torch.arange(w, device=noise.device)
-    hidden = torch.zeros(B, h, w, dtype=torch.bool, device=noise.device)
+    masked = torch.zeros(B, h, w, dtype=torch.bool, device=noise.device)
     failures = torch.zeros(B, 1, device=noise.device)
     missing = failures + count                                                  # (B, 1)
     for t in range(len(u)):
@@ -359,17 +345,17 @@ def block_masking(noise, grid: tuple[int, int], count: int, least: int):
         height, width = (side * stretch[t]).round(), (side / stretch[t]).round()
         top, left = (u[t, 2] * (h - height + 1)).floor(), (u[t, 3] * (w - width + 1)).floor()
         rows, columns = (row >= top) & (row < top + height), (column >= left) & (column < left + width)
-        new = rows.unsqueeze(2) & columns.unsqueeze(1) & ~hidden                # (B, h, w)
+        new = rows.unsqueeze(2) & columns.unsqueeze(1) & ~masked                # (B, h, w)
         gain = new.sum(dim=(1, 2)).unsqueeze(1)
         fits = (height < h) & (width < w) & (gain >= 1) & (gain <= missing) & (failures < 10)
-        hidden = hidden | (new & fits.unsqueeze(2))
+        masked = masked | (new & fits.unsqueeze(2))
         missing, failures = missing - gain * fits, torch.where(fits, 0.0, failures + 1)
-    order = (noise[:, -N:] - hidden.flatten(1).float()).argsort(dim=1)          # the hidden come first
+    order = (noise[:, -N:] - masked.flatten(1).float()).argsort(dim=1)          # masked ones first
     return order[:, count:], order[:, :count]
 
 
 def random_masking(noise, grid: tuple[int, int], count: int, least: int):
-    """Noise as above, of which the last N count -> kept and hidden, those of least noise kept."""
+    """Noise as above, of which the last N count -> visible, those of least noise, and masked."""
     N = grid[0] * grid[1]
     order = noise[:, -N:].argsort(dim=1)
     return order[:, :N - count], order[:, N - count:]
@@ -388,25 +374,25 @@ LOSSES = {"smooth_l1": lambda prediction, target, beta: F.smooth_l1_loss(predict
 
 # ------------------------------------------------------------------------------------ MaskDistill
 class MaskDistill(VisionTransformer):
-    thrown_away = ("distill_head", "mask_token", "momentum")     # after pre-training: how these names begin
+    pretrain_only = ("distill_head", "mask_token", "momentum")     # after pre-training: how these names begin
 
-    def __init__(self, image_size, patch_size, embed_dim, depth, num_heads, target_dim, mlp_ratio=4.0, mask_ratio=0.4,
-                 masking="block", min_block=16, student="dense", normalize="ln", loss="smooth_l1", beta=1.0,
-                 layer_scale=0.1, drop_path=0.0):
-        super().__init__(image_size, patch_size, embed_dim, depth, num_heads, mlp_ratio, student == "dense",
-                         layer_scale, drop_path)
+    def __init__(self, image_size, patch_size, embed_dim, depth, num_heads, target_dim,
+                 mask_ratio=0.4, masking="block", min_block=16, student="dense", normalize="ln",
+                 loss="smooth_l1", beta=1.0, layer_scale=0.1, drop_path=0.0):
+        super().__init__(image_size, patch_size, embed_dim, depth, num_heads,
+                         relative=student == "dense", layer_scale=layer_scale, drop_path=drop_path)
         self.dense, self.masking, self.min_block = student == "dense", masking, min_block
         self.normalize, self.loss, self.beta = normalize, loss, beta
         patches = self.grid[0] * self.grid[1]
         self.count = int(patches * mask_ratio)                                  # M
         self.mask_noise = 4 * (6 + self.grid[0]) + patches                      # so many tries are enough up to 0.6
-        self.noise_width = self.mask_noise + 2 * depth                          # random numbers for a picture
+        self.noise_width = self.mask_noise + 2 * depth                          # random numbers for an image
         self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if self.dense else None
         self.distill_head = nn.Linear(embed_dim, target_dim)
         self.init_weights()
 
     def masks(self, noise):
-        """Noise (B, mask_noise or more) -> kept (B, K) and hidden (B, M) patch numbers."""
+        """Noise (B, mask_noise or more) -> visible (B, K) and masked (B, M) patch numbers."""
         return MASKING[self.masking](noise[:, :self.mask_noise], self.grid, self.count, self.min_block)
 
     def forward(self, images, teacher, noise=None):
@@ -414,20 +400,20 @@ class MaskDistill(VisionTransformer):
         noise (B, noise_width) in [0, 1) decides masks and drops; (B, mask_noise): nothing is dropped.
 
         Returns the loss, the prediction (B, M, E), the target (B, M, E), and which patches they are of
-        (B, M): the hidden, or the kept ones of a sparse student; all where none is hidden."""
+        (B, M): the masked, or the visible ones of a sparse student; all where none is masked."""
         patches = patchify(images, self.patch_size)                             # (B, N, P*P*3)
         if noise is None:
             noise = torch.rand(len(images), self.noise_width, device=images.device)
-        kept, hidden = self.masks(noise)
+        visible, masked = self.masks(noise)
         drops = noise[:, self.mask_noise:].unflatten(1, (-1, 2)) if noise.shape[1] > self.mask_noise else None
-        visible = self.patch_embed(take(patches, kept))                         # (B, K, D)
+        embedded = self.patch_embed(gather_tokens(patches, visible))            # (B, K, D)
         if self.dense:
             x = self.mask_token.expand(*patches.shape[:2], -1)                  # (B, N, D)
-            x = x.scatter(1, kept.unsqueeze(-1).expand_as(visible), visible.to(x.dtype))
-            scored = hidden if self.count else kept
-            tokens = take(self.layers(x, None, drops)[-1][:, 1:], scored)       # (B, M, D)
+            x = x.scatter(1, visible.unsqueeze(-1).expand_as(embedded), embedded.to(x.dtype))
+            scored = masked if self.count else visible
+            tokens = gather_tokens(self.layers(x, None, drops)[-1][:, 1:], scored)  # (B, M, D)
         else:
-            scored, tokens = kept, self.layers(visible, kept, drops)[-1][:, 1:]
+            scored, tokens = visible, self.layers(embedded, visible, drops)[-1][:, 1:]
         prediction = self.distill_head(self.norm(tokens)).float()               # (B, M, E)
         with torch.no_grad():
             target = NORMALIZE[self.normalize](teacher(images, scored).float())  # (B, M, E)
@@ -439,12 +425,12 @@ def build(cfg: Config, target_dim: int = 1) -> MaskDistill:
 
     target_dim: the teacher's width E; who wants the encoder alone need not know it."""
     torch.manual_seed(cfg.seed)
-    model = MaskDistill(cfg.image_size, cfg.patch_size, cfg.embed_dim, cfg.depth, cfg.num_heads, target_dim,
-                        cfg.mlp_ratio, cfg.mask_ratio, cfg.masking, cfg.min_block, cfg.student, cfg.normalize,
-                        cfg.loss, cfg.beta, cfg.layer_scale, cfg.drop_path)
+    model = MaskDistill(cfg.image_size, cfg.patch_size, cfg.embed_dim, cfg.depth, cfg.num_heads,
+                        target_dim, cfg.mask_ratio, cfg.masking, cfg.min_block, cfg.student,
+                        cfg.normalize, cfg.loss, cfg.beta, cfg.layer_scale, cfg.drop_path)
     if cfg.teacher == "momentum":                        # the student's average; in its checkpoint
         average = VisionTransformer(cfg.image_size, cfg.patch_size, cfg.embed_dim, cfg.depth, cfg.num_heads,
-                                    cfg.mlp_ratio, cfg.student == "dense", cfg.layer_scale)
+                                    relative=cfg.student == "dense", layer_scale=cfg.layer_scale)
         average.load_state_dict({name: model.state_dict()[name] for name in average.state_dict()})
         model.momentum = Teacher(average, feature="blocks")
     return model
@@ -459,60 +445,58 @@ def follow(model: MaskDistill, decay: float):
 
 
 @torch.no_grad()
-def picture(model: MaskDistill, teacher, images, noise, path):
+def save_visualization(model: MaskDistill, teacher, images, noise, path):
     """Write images (B, 3, H, W), normalised, what the student sees of them, and how well it does."""
     _, prediction, target, scored = model.forward(images, teacher, noise)        # never compiled: it runs seldom
-    cosine = F.cosine_similarity(prediction, target, dim=-1).clamp(0, 1).unsqueeze(-1)         # (B, M, 1)
-    patches, (_, hidden) = patchify(images, model.patch_size), model.masks(noise)
+    cosine = F.cosine_similarity(prediction, target, dim=-1).clamp(0, 1)        # (B, M)
+    heat = data.heat_patches(cosine, model.patch_size)                          # (B, M, P*P*3)
+    patches, (_, masked) = patchify(images, model.patch_size), model.masks(noise)
     rows = lambda index: index.unsqueeze(-1).expand(-1, -1, patches.shape[-1])
-    colours = torch.tensor([(30, 30, 110), (255, 230, 60)], device=images.device)
-    cold, warm = (common.flat(colour, model.patch_size) for colour in colours)
     show = lambda x: unpatchify(x, model.patch_size, model.grid)
-    common.save_rows(path, {
-        "original": images, "masked": show(patches.scatter(1, rows(hidden), 0.0)),
+    data.save_image_grid(path, {
+        "original": images, "masked": show(patches.scatter(1, rows(masked), 0.0)),
         "cosine of prediction and target: blue 0, yellow 1":
-            show(patches.scatter(1, rows(scored), cold + cosine * (warm - cold)))})
+            show(patches.scatter(1, rows(scored), heat))})
 
 
 # ---------------------------------------------------------------------------------------- training
 def train(cfg: Config) -> dict:
     """Pre-train and measure the encoder; returns the last line of metrics.jsonl."""
-    device = common.start(cfg.seed)
-    data = common.open_data(cfg.data, cfg.data_root, cfg.seed)
+    device = common.init_distributed(cfg)
+    splits = data.open_data(cfg.data, cfg.data_root, cfg.seed)
     count = int((cfg.image_size // cfg.patch_size) ** 2 * cfg.mask_ratio)
     if cfg.masking == "block" and 0 < count < cfg.min_block:
-        raise common.UserError(f"min_block {cfg.min_block} is more than the {count} hidden patches")
-    teacher, target_dim = open_teacher(cfg, data, device)
-    data.pretrain.transform = common.augment(cfg.image_size, cfg.crop_scale, cfg.color_jitter)
+        raise common.UserError(f"min_block {cfg.min_block} is more than the {count} masked patches")
+    teacher, target_dim = open_teacher(cfg, splits, device)
+    splits.pretrain.transform = data.augment(cfg.image_size, cfg.crop_scale, cfg.color_jitter)
     model = build(cfg, target_dim).to(device)
     teacher = model.momentum if cfg.teacher == "momentum" else teacher
-    optimizer = torch.optim.AdamW(common.parameter_groups(model, cfg.weight_decay, ("cls_token",)),
-                                  betas=(0.9, 0.98), fused=True)
-    steps_per_epoch, peak_lr = common.plan(cfg, len(data.pretrain))
+    groups = common.parameter_groups(model, cfg.weight_decay, ("cls_token",))
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+    steps_per_epoch = common.plan_steps(cfg, len(splits.pretrain))
     run = common.Run("maskdistill", cfg, model, optimizer, steps_per_epoch)
     patches = model.grid[0] * model.grid[1]
-    common.say(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters, "
-               f"{model.count} of {patches} patches hidden, targets of width {target_dim}")
+    common.log(f"{common.count_parameters(model):,} parameters, "
+               f"{model.count} of {patches} patches masked, targets of width {target_dim}")
     if cfg.compile:
         model.compile()                                  # in place: parameter names stay
-    network = DistributedDataParallel(model) if common.world() > 1 else model
+    network = model
+    if common.world_size() > 1:
+        network = DistributedDataParallel(model)         # averages gradients over processes
     amp = common.autocast(device, cfg.precision)
-    sample = common.sample(data.test or data.pretrain, cfg.image_size, 8, device)
+    samples = data.sample_images(splits.test or splits.pretrain, cfg.image_size, 8, device)
     sample_noise = torch.rand(8, model.mask_noise, generator=torch.Generator().manual_seed(0)).to(device)
-    order = common.Batches(cfg, len(data.pretrain), run.first, run.last)
-    batches = iter(common.loader(data.pretrain, order, cfg.workers))
+    batches = data.batches(splits.pretrain, cfg, run.first_step, run.last_step)
 
-    for step in run.steps():
-        lr = common.learning_rate(step, cfg.warmup_epochs * steps_per_epoch, run.total, peak_lr, cfg.min_lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+    for step, micro_batches in run.steps(batches):
+        lr = common.set_lr(optimizer, cfg, step, steps_per_epoch, cfg.min_lr)
+        noise = common.mask_noise(cfg, step, model.noise_width, device)         # (accumulate, B, W)
         step_loss = 0.0
-        for part, noise in enumerate(common.uniform(cfg, step, model.noise_width, device)):
-            images = common.to_device(next(batches)[0], device)
-            waits = common.world() > 1 and part < cfg.accumulate - 1    # gradients travel once a step
-            with network.no_sync() if waits else contextlib.nullcontext():
+        for i, (images, _, _) in enumerate(micro_batches):
+            images = data.to_device(images, device)
+            with common.sync_on_last(network, i, cfg.accumulate):              # once a step
                 with amp:
-                    loss, *_ = network(images, teacher, noise)
+                    loss, *_ = network(images, teacher, noise[i])
                 (loss / cfg.accumulate).backward()
             step_loss += loss.detach() / cfg.accumulate
         nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_grad)
@@ -521,17 +505,20 @@ def train(cfg: Config) -> dict:
         if cfg.teacher == "momentum":
             follow(model, cfg.momentum)
         if run.end_step(step, step_loss, lr) and common.rank() == 0:
-            picture(model, teacher, sample, sample_noise, run.folder / "similarity.png")
+            save_visualization(model, teacher, samples, sample_noise, run.folder / "similarity.png")
 
-    encoder = {name: value for name, value in model.state_dict().items()
-               if not name.startswith(model.thrown_away)}
-    encoders = {"pixels": common.shrunk_pixels, "trained": common.mean_token(model),
-                "untrained": common.mean_token(build(cfg, target_dim).to(device))}
+    run.save_encoder(model)
+    if common.rank() == 0:                               # again: a kill may have left an older one
+        save_visualization(model, teacher, samples, sample_noise, run.folder / "similarity.png")
+    encoders = {"pixels": data.small_pixels,
+                "trained": data.mean_patch_token(model),
+                "untrained": data.mean_patch_token(build(cfg, target_dim).to(device))}
     if isinstance(teacher, Teacher):
         everything = torch.arange(patches, device=device)
         encoders["teacher"] = lambda images: teacher(images, everything.expand(len(images), -1)).mean(dim=1)
-    metrics = run.finish(encoder, encoders, data)
-    common.say(f"try next: python evaluate.py linear --checkpoint {run.folder}/checkpoint.pt --data {cfg.data}")
+    metrics = run.finish(data.score_encoders(encoders, splits, cfg, device))
+    common.log(f"try next: python evaluate.py linear --checkpoint {run.folder}/checkpoint.pt "
+               f"--data {cfg.data}")
     return metrics
 
 
@@ -570,15 +557,15 @@ def hog(images, patch_size: int, bins: int = 9):
 class Teacher(nn.Module):
     """Patch features of a frozen ViT: (normalised images (B, 3, H, W), patch numbers (B, M)) -> (B, M, E).
 
-    It gets the pictures normalised with its own mean and deviation, and of the size that makes its
+    It gets the images normalised with its own mean and deviation, and of the size that makes its
     grid of patches the student's. feature: "post" after its last norm, "raw" before it, "proj" with
     CLIP's projection (D, E) after it, "blocks" the mean of what the upper half of the blocks put out."""
 
-    def __init__(self, vit, mean=common.MEAN, std=common.STD, feature="post", proj=None):
+    def __init__(self, vit, mean=data.MEAN, std=data.STD, feature="post", proj=None):
         super().__init__()
         self.vit, self.feature = vit.requires_grad_(False), feature
         self.width = proj.shape[1] if feature == "proj" else vit.cls_token.shape[-1]
-        m, s, mean, std = (torch.tensor(v).view(3, 1, 1) for v in (common.MEAN, common.STD, mean, std))
+        m, s, mean, std = (torch.tensor(v).view(3, 1, 1) for v in (data.MEAN, data.STD, mean, std))
         for name, value in (("scale", s / std), ("shift", (m - mean) / std), ("proj", proj)):
             self.register_buffer(name, value, persistent=False)
 
@@ -589,7 +576,7 @@ class Teacher(nn.Module):
         patches = patchify(images * self.scale + self.shift, self.vit.patch_size)
         upper = (len(self.vit.blocks) + 1) // 2 if self.feature == "blocks" else 1
         outputs = self.vit.layers(self.vit.patch_embed(patches), top=upper)
-        x = sum(take(x[:, 1:], where) for x in outputs) / upper                 # (B, M, D)
+        x = sum(gather_tokens(x[:, 1:], where) for x in outputs) / upper                 # (B, M, D)
         x = x if self.feature in ("raw", "blocks") else self.vit.norm(x)
         return x @ self.proj if self.feature == "proj" else x
 
@@ -599,14 +586,15 @@ def download(name: str) -> Path:
     address, digest = RELEASED[name]
     path = Path(torch.hub.get_dir(), "checkpoints", f"{name}-{address.split('/')[-1]}")
     try:
-        with common.first_process_first():
+        with common.rank_zero_first():
             if not path.exists():
-                common.say(f"{address} -> {path}")
+                common.log(f"{address} -> {path}")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(address, str(path), digest, progress=common.rank() == 0)
     except (OSError, RuntimeError) as error:             # no network; another hash
-        raise common.UserError(f"{name} cannot be downloaded ({common.why(error)}); fetch {address} yourself and put "
-                               f"it at {path}, or say with --teacher FILE where it is") from error
+        raise common.UserError(f"{name} cannot be downloaded ({common.first_line(error)}); fetch "
+                               f"{address} yourself and put it at {path}, or say with "
+                               "--teacher FILE where it is") from error
     return path
 
 
@@ -623,29 +611,24 @@ def clip_to_timm(state: dict) -> dict:
     return found
 
 
-def load_teacher(path: Path, grid: tuple[int, int], feature="post", trust=False) -> Teacher:
-    """OpenAI CLIP, a ViT in timm's names (DINO, MAE), or a checkpoint of ours, as a teacher whose grid of
-    patches is `grid`: its position table is resized. Raises UserError unless the weights fit exactly.
+def load_teacher(path: Path, grid: tuple[int, int], feature="post") -> Teacher:
+    """OpenAI CLIP, a ViT in timm's names (DINO, MAE), or a checkpoint of ours, as a teacher whose
+    grid of patches is `grid`: its position table is resized. Raises UserError unless it fits.
 
-    Other CLIPs have OpenAI's names, too, but often GELU or other heads: these would load and be wrong."""
-    state = saved = common.read_file(path, trust, {digest for _, digest in RELEASED.values()})
-    for key in ("model", "state_dict", "teacher"):       # ours, MAE; timm; DINO with both networks
-        state = state.get(key, state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(n, str) and torch.is_tensor(v) for n, v in state.items()):
-        raise common.UserError(f"{path} holds no weights")
-    for prefix in ("module.", "backbone."):
-        state = {name.removeprefix(prefix): value for name, value in state.items()}
+    Other CLIPs have OpenAI's names, too, but often GELU or other heads: they load and are wrong."""
+    digests = tuple(digest for _, digest in RELEASED.values() if digest)
+    saved, state = common.read_weights(path, torchscript=digests)
     clip = "visual.proj" in state
-    state = clip_to_timm(state) if clip else state
+    if clip:
+        state = clip_to_timm(state)
     if "patch_embed.proj.weight" not in state:
         raise common.UserError(f"{path} holds neither CLIP's vision tower nor a ViT in timm's names, "
                                f"but {sorted(state)[:3]}")
-    # what is no encoder's
-    other = ("decoder", "mask_token", "head.", "distill_head", "momentum", "text", "image_proj", "logit_scale")
-    state = {name.replace("fc_norm.", "norm."): value for name, value in state.items() if not name.startswith(other)}
-    proj, depth = state.pop("proj", None), len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    state = {name.replace("fc_norm.", "norm."): value for name, value in state.items()}
+    proj = state.pop("proj", None)
     if feature == "proj" and proj is None:
         raise common.UserError(f"{path} has no projection, which --teacher-feature proj asks for")
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     try:
         width, _, _, patch_size = state["patch_embed.proj.weight"].shape
         if clip:
@@ -660,39 +643,17 @@ def load_teacher(path: Path, grid: tuple[int, int], feature="post", trust=False)
         vit = VisionTransformer(
             tuple(side * patch_size for side in grid), patch_size, width, depth, heads,
             mlp_ratio=len(state["blocks.0.mlp.fc1.bias"]) / width, relative="pos_embed" not in state,
-            layer_scale=float("blocks.0.gamma_1" in state), pre_norm=clip, act=quick_gelu if clip else F.gelu,
-            eps=1e-5 if clip else 1e-6)
-        for name, resize in (("pos_embed", resize_positions),
-                             ("rel_pos_bias.relative_position_bias_table", resize_relative)):
-            if name in state:
-                state[name] = resize(state[name], grid)
-        vit.load_state_dict(state)
+            layer_scale=float("blocks.0.gamma_1" in state), pre_norm=clip,
+            act=quick_gelu if clip else F.gelu, eps=1e-5 if clip else 1e-6)
     except (KeyError, ValueError, RuntimeError) as error:        # a name or a shape that is not a ViT's
-        raise common.UserError(f"{path} does not fit: {' '.join(str(error).split())[:300]}") from error
+        raise common.UserError(f"{path} does not fit: {common.first_line(error)}") from error
+    other_parts = ("decoder", "mask_token", "head.", "distill_head", "momentum", "text", "image_proj",
+                   "logit_scale")                        # no encoder's: they are left out
+    common.load_weights(vit, path, optional=other_parts, weights=state)
     kind = "OpenAI's CLIP (QuickGELU)" if clip else "ViT"
-    common.say(f"{path}: teacher read as {kind}, feature {feature}, width {width}, {depth} blocks, {heads} heads, "
+    common.log(f"{path}: teacher read as {kind}, feature {feature}, width {width}, {depth} blocks, {heads} heads, "
                f"patch {patch_size}")
-    return Teacher(vit, *((CLIP_MEAN, CLIP_STD) if clip else (common.MEAN, common.STD)), feature, proj)
-
-
-def resize_positions(table, grid: tuple[int, int]):
-    """Position table (1, 1 + n*n, D) of a square grid -> (1, 1 + h*w, D), bicubic. Same grid: untouched."""
-    side = round((table.shape[1] - 1) ** 0.5)
-    if grid == (side, side):
-        return table
-    patches = table[:, 1:].transpose(1, 2).unflatten(2, (side, side))
-    patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
-    return torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
-
-
-def resize_relative(table, grid: tuple[int, int]):
-    """Relative table of a square grid -> of `grid`: offsets bicubic, the class token's three rows kept."""
-    side, size = round((len(table) - 3) ** 0.5), (2 * grid[0] - 1, 2 * grid[1] - 1)
-    if size == (side, side):
-        return table
-    offsets = table[:-3].T.unflatten(1, (side, side)).unsqueeze(0)              # (1, heads, 2n - 1, 2n - 1)
-    offsets = F.interpolate(offsets, size=size, mode="bicubic", align_corners=True)
-    return torch.cat([offsets[0].flatten(1).T, table[-3:]])
+    return Teacher(vit, *((CLIP_MEAN, CLIP_STD) if clip else (data.MEAN, data.STD)), feature, proj)
 
 
 class Classifier(VisionTransformer):
@@ -711,45 +672,47 @@ class Classifier(VisionTransformer):
         return F.cross_entropy(self.head(self.encode(images)[:, 1:].mean(dim=1)), labels)
 
 
-def train_teacher(cfg: Config, data, device) -> Path:
-    """Train the teacher of --teacher self, a ViT of the student's size with a table of positions, on the
-    labels; a run of its own in the student's folder, teacher/, of which the checkpoint is returned."""
-    if data.train is None:
+def train_teacher(cfg: Config, splits, device) -> Path:
+    """Train the teacher of --teacher self, a ViT of the student's size with a table of positions,
+    on the labels; a run of its own in OUTPUT-teacher, of which the checkpoint is returned."""
+    if splits.train is None:
         raise common.UserError("--teacher self learns labels, and there are none: class folders, or another --teacher")
-    cfg = replace(cfg, output=f"{cfg.output}/teacher", epochs=cfg.teacher_epochs, base_lr=cfg.teacher_lr,
-                  warmup_epochs=0.1 * cfg.teacher_epochs, max_steps=0,
+    cfg = replace(cfg, output=f"{cfg.output}-teacher", epochs=cfg.teacher_epochs,
+                  warmup_epochs=0.1 * cfg.teacher_epochs, base_lr=cfg.teacher_lr, max_steps=0,
                   student="sparse", layer_scale=0.0)     # so that evaluate.py builds a plain ViT for it
-    common.say(f"first the teacher, on labels; --teacher {cfg.output}/checkpoint.pt will take it for other runs")
+    common.log("first the teacher, on labels; "
+               f"--teacher {cfg.output}/checkpoint.pt takes it for other runs")
     torch.manual_seed(cfg.seed)
-    model = Classifier(cfg.image_size, cfg.patch_size, cfg.embed_dim, cfg.depth, cfg.num_heads, cfg.mlp_ratio,
-                       classes=len(data.classes)).to(device)
-    data.train.transform = common.augment(cfg.image_size, cfg.crop_scale, cfg.color_jitter)
-    optimizer = torch.optim.AdamW(common.parameter_groups(model, cfg.weight_decay, ("cls_token",)),
-                                  betas=(0.9, 0.98), fused=True)
-    steps_per_epoch, peak_lr = common.plan(cfg, len(data.train))
+    model = Classifier(cfg.image_size, cfg.patch_size, cfg.embed_dim, cfg.depth, cfg.num_heads,
+                       classes=len(splits.classes)).to(device)
+    splits.train.transform = data.augment(cfg.image_size, cfg.crop_scale, cfg.color_jitter)
+    groups = common.parameter_groups(model, cfg.weight_decay, ("cls_token",))
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+    steps_per_epoch = common.plan_steps(cfg, len(splits.train))
     run = common.Run("maskdistill", cfg, model, optimizer, steps_per_epoch)
     if cfg.compile:
         model.compile()
-    network = DistributedDataParallel(model) if common.world() > 1 else model
-    batches = iter(common.loader(data.train, common.Batches(cfg, len(data.train), run.first, run.last), cfg.workers))
-    for step in run.steps():
-        lr = common.learning_rate(step, cfg.warmup_epochs * steps_per_epoch, run.total, peak_lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+    network = model
+    if common.world_size() > 1:
+        network = DistributedDataParallel(model)         # averages gradients over processes
+    amp = common.autocast(device, cfg.precision)
+    batches = data.batches(splits.train, cfg, run.first_step, run.last_step)
+    for step, micro_batches in run.steps(batches):
+        lr = common.set_lr(optimizer, cfg, step, steps_per_epoch)
         step_loss = 0.0
-        for part in range(cfg.accumulate):
-            images, labels, _ = next(batches)
-            waits = common.world() > 1 and part < cfg.accumulate - 1
-            with network.no_sync() if waits else contextlib.nullcontext():
-                with common.autocast(device, cfg.precision):
-                    loss = network(common.to_device(images, device), labels.to(device, non_blocking=True))
+        for i, (images, labels, _) in enumerate(micro_batches):
+            images = data.to_device(images, device)
+            labels = labels.to(device, non_blocking=True)
+            with common.sync_on_last(network, i, cfg.accumulate):
+                with amp:
+                    loss = network(images, labels)
                 (loss / cfg.accumulate).backward()
             step_loss += loss.detach() / cfg.accumulate
         nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_grad)
         optimizer.step()
         optimizer.zero_grad()
         run.end_step(step, step_loss, lr)
-    if common.world() > 1:
+    if common.world_size() > 1:
         torch.distributed.barrier()                      # the first process has written it now
     return run.folder / "checkpoint.pt"
 
@@ -757,34 +720,34 @@ def train_teacher(cfg: Config, data, device) -> Path:
 TEACHERS = ("pixels", "hog", "momentum", "random", "self", *RELEASED)
 
 
-def open_teacher(cfg: Config, data, device):
+def open_teacher(cfg: Config, splits, device):
     """The teacher that --teacher names, (images, patch numbers (B, M)) -> features (B, M, E), and E."""
     P, grid = cfg.patch_size, (cfg.image_size // cfg.patch_size,) * 2
     if cfg.teacher == "pixels":
-        return lambda images, where: take(patchify(images, P), where), 3 * P * P
+        return lambda images, where: gather_tokens(patchify(images, P), where), 3 * P * P
     if cfg.teacher == "hog":
-        return lambda images, where: take(hog(images, P), where), 2 * 2 * 3 * 9
+        return lambda images, where: gather_tokens(hog(images, P), where), 2 * 2 * 3 * 9
     if cfg.teacher == "momentum":
         return None, cfg.embed_dim                       # the model holds its own average
     if cfg.teacher == "random":
         torch.manual_seed(cfg.seed + 1)                  # not the student's weights
-        vit = VisionTransformer(cfg.image_size, P, cfg.embed_dim, cfg.depth, cfg.num_heads, cfg.mlp_ratio)
+        vit = VisionTransformer(cfg.image_size, P, cfg.embed_dim, cfg.depth, cfg.num_heads)
         vit.init_weights()
         teacher = Teacher(vit)
         return teacher.to(device), teacher.width
     if cfg.teacher == "self":
-        path = train_teacher(cfg, data, device)
+        path = train_teacher(cfg, splits, device)
     else:
         path = download(cfg.teacher) if cfg.teacher in RELEASED else Path(cfg.teacher)
         if not path.is_file():
             raise common.UserError(f"no file {path}; --teacher is one of {', '.join(TEACHERS)}, or a file of weights")
-    teacher = load_teacher(path, grid, cfg.teacher_feature, cfg.trust)
+    teacher = load_teacher(path, grid, cfg.teacher_feature)
     return teacher.to(device), teacher.width
 
 
 def main(argv=None) -> dict:
-    with common.launched():
-        return train(common.parse(Config, PRESETS, argv, __doc__))
+    with common.command_line():
+        return train(common.parse_config(Config, PRESETS, argv, __doc__))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
 """Improve Supervised Representation Learning with Masked Image Modeling (Chen et al., arXiv 2312.00950): SupMIM.
 
-An ordinary classifier learns, beside its labels, to predict the hidden patches of the same pictures: a second pass
+An ordinary classifier learns, beside its labels, to predict the masked patches of the same images: a second pass
 of the same encoder over the visible patches, and a shallow decoder. The decoder is thrown away; what remains is the
 classifier, not a parameter larger.
 
     loss = cross_entropy(logits, labels) + mim_weight * masked_loss
-    masked_loss = mean over hidden patches of (prediction - target)^2, or cross_entropy(prediction, code)
+    masked_loss = mean over masked patches of (prediction - target)^2, or cross_entropy(prediction, code)
 
     images (B, C, H, W) ------------------- MixUp, CutMix: mixed (B, C, H, W)
       | patchify                                | encode: all patches
-    patches (B, N, P*P*C) -- hidden --+       tokens (B, 1+N, D)
+    patches (B, N, P*P*C) -- masked --+       tokens (B, 1+N, D)
       | visible                       |         | mean of the patches, head
       | the same encoder              |       logits (B, classes) ----------> class_loss
     latent (B, 1+K, D)                |
@@ -17,24 +17,23 @@ classifier, not a parameter larger.
       | decoder_blocks                v
     prediction (B, M, ...) -------> target (B, M, ...) ---------------------> masked_loss
 
-B batch, N patches, K visible, M = N - K hidden, D width, P patch side, C channels.
+B batch, N patches, K visible, M = N - K masked, D width, P patch side, C channels.
 Against mae.py: `classify`, the classifier's pass; `kmeans`, `open_tokenizer`; labels, RandAugment, MixUp, drop path.
 --mim-weight 0 is plain supervised training, bit for bit; with the same other flags it draws the same random numbers.
 
-    python supmim.py                                  # drawn shapes, 320 labels, no download, 51 s on 2 CPU cores:
-        top-1 41.3 %, top-5 94.7 %, nearest training picture of the same class 39.9 %
+    python supmim.py                                  # synthetic shapes, 320 labels, no download, 51 s on 2 CPU cores:
+        top-1 41.3 %, top-5 94.7 %, k-NN 40.9 %
     python supmim.py --mim-weight 0                   # the baseline: 29.2 %
     python supmim.py --target kmeans                  # codes of patches, not pixels; or a FILE, see open_tokenizer
     torchrun --nproc_per_node=8 supmim.py --data imagenet --data-root /where/imagenet/is
 
 No code was released, and of the paper only the abstract could be read: a shallow decoder on the encoder predicts image
-tokens from a masked picture, beside the classifier, and is dropped. Ours are the two passes, which patches each pass
+tokens from a masked image, beside the classifier, and is dropped. Ours are the two passes, which patches each pass
 sees, the targets (the paper's tokenizer is not known), the weight of the loss, averaging the tokens, and all settings.
 """
 
-import contextlib
 import importlib.util
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -46,33 +45,27 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import common
+import data
 
 
 # ----------------------------------------------------------------------------------------- Config
 @dataclass
-class Config:
+class Config(common.RunConfig):
     data: str = "shapes"          # shapes, cifar10, cifar100, tiny-imagenet, imagenet, or a folder with class folders
-    data_root: str = "data"       # where the named data sets are, or are downloaded to
-    preset: str = ""              # settings to start from; empty: those of --data, "folder" for a folder
-    output: str = ""              # folder of the run; empty: runs/supmim-DATA
-    shots: int = 40               # labelled training pictures per class; 0: all
+    shots: int = 40               # labelled training images per class; 0: all
     mim_weight: float = 20.0      # of the masked loss; 0: supervised training alone
-    target: str = "pixels"        # of the hidden patches: pixels, kmeans (codes of patches), or a tokenizer's FILE
+    target: str = "pixels"        # of the masked patches: pixels, kmeans (codes of patches), or a tokenizer's FILE
     codes: int = 128              # kmeans: how many
-    passes: Literal["two", "one"] = "two"  # one: classify what is visible of the masked picture, no pass over all of it
-    mask_tokens: Literal["decoder", "encoder"] = "decoder"  # where they stand for the hidden patches
+    passes: Literal["two", "one"] = "two"  # one: classify what is visible of the masked image, no pass over all of it
+    mask_tokens: Literal["decoder", "encoder"] = "decoder"  # where they stand for the masked patches
     pool: Literal["mean", "cls"] = "mean"  # what is classified: the mean patch token or the class token
-    model: Literal["micro", "tiny", "small", "base", "large", "huge"] = "micro"  # size of the encoder
-    embed_dim: int = 0            # width D; 0: the model's
-    depth: int = 0                # blocks; 0: the model's
-    num_heads: int = 0            # attention heads; 0: the model's
-    mlp_ratio: float = 4.0        # hidden width of an MLP / D
+    model: Literal["micro", "tiny", "small", "base", "large", "huge"] = "micro"  # row of SIZES: the encoder
     image_size: int = 32          # side of the square input in pixels
     patch_size: int = 4           # side of a patch in pixels
     decoder_embed_dim: int = 32   # width E of the decoder
     decoder_depth: int = 1        # blocks of the decoder
     decoder_num_heads: int = 2    # attention heads of the decoder
-    mask_ratio: float = 0.5       # share of the patches that is hidden
+    mask_ratio: float = 0.5       # fraction of the patches that is masked
     norm_pix: bool = True         # pixels, kmeans: pixels normalised within their patch; no: plain pixels
     drop_path: float = 0.0        # chance to drop the last block's branches; 0 at the first block
     crop_scale: float = 1.0       # smallest area of the random crop; 1: no crop
@@ -80,52 +73,42 @@ class Config:
     mixup: float = 0.0            # alpha; 0: none
     cutmix: float = 0.0           # alpha; 0: none
     smoothing: float = 0.0        # of the labels
-    batch_size: int = 50          # global batch: pictures in an optimiser step, all processes and passes together
-    accumulate: int = 1           # gradient accumulation: forward-backward passes in a step, to save memory
+    batch_size: int = 50          # images in an optimizer step, of all processes and micro-batches
+    accumulate: int = 1           # micro-batches in a step: gradient accumulation, to save memory
     epochs: int = 100             # passes over the data
     warmup_epochs: float = 4.0    # epochs of linear warm-up from 0
-    base_lr: float = 0.01         # learning rate for 256 pictures a step
+    base_lr: float = 0.01         # learning rate for 256 images a step
     weight_decay: float = 0.05    # AdamW's, on matrices and tokens only
-    eval_every: int = 25          # epochs between scores of the test pictures, besides one at the end
-    seed: int = 0                 # decides weights, pictures of --shots, order, augmentation and masks
-    workers: int = 0              # loader processes for each training process; 0: none
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the matrix products; auto: bf16 on a GPU
-    compile: bool = False         # compile the model: a slow first step, faster ones after it
-    resume: bool = True           # go on from the run folder's checkpoint; no: start afresh
-    max_steps: int = 0            # stop after so many steps of the schedule; 0: at its end
-    save_every: int = 0           # steps between checkpoints, besides one after each epoch; 0: none
-    log_every: int = 50           # steps between lines of metrics.jsonl
-    knn_pictures: int = 0         # training pictures that vote in the final k-NN and retrieval; 0: all
+    eval_every: int = 25          # epochs between scores of the test images, besides one at the end
 
     def __post_init__(self):
-        self.output = self.output or f"runs/supmim-{Path(self.data).resolve().name}"
-        for name, size in zip(("embed_dim", "depth", "num_heads"), SIZES[self.model]):
-            setattr(self, name, getattr(self, name) or size)
-        common.check(self, ("decoder_num_heads", "decoder_embed_dim"), decoder_embed_dim=1, decoder_num_heads=1,
-                     decoder_depth=1, shots=0, codes=2, mim_weight=0, mixup=0, cutmix=0, randaugment=0, drop_path=0,
-                     smoothing=0, eval_every=1)
-        for name, most in dict(randaugment=10, drop_path=0.99, smoothing=0.99).items():
-            if getattr(self, name) > most:
-                raise common.UserError(f"{name} is {getattr(self, name)}, at most {most} is possible")
-        if self.embed_dim % 4 or self.decoder_embed_dim % 4:
-            raise common.UserError("embed_dim and decoder_embed_dim must be multiples of 4")
+        self.output = self.output or common.default_output("supmim", self.data)
+        self.embed_dim, self.depth, self.num_heads = SIZES[self.model]
+        common.check(self)
         patches = (self.image_size // self.patch_size) ** 2
-        if not 0 < int(patches * (1 - self.mask_ratio)) < patches:
+        visible = int(patches * (1 - self.mask_ratio))
+        if not 0 < visible < patches:
             raise common.UserError(f"mask_ratio {self.mask_ratio} leaves nothing to see or nothing "
-                                   f"to paint of {patches} patches")
+                                   f"to predict of {patches} patches")
         if self.passes == "one" and not self.mim_weight:
             raise common.UserError("--passes one has no pass left with --mim-weight 0")
 
 
-SIZES = {"micro": (64, 4, 2), "tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12),
-         "large": (1024, 24, 16), "huge": (1280, 32, 16)}        # width, depth, heads; micro is ours
+SIZES = {                                                # width, depth, heads
+    "micro": (64, 4, 2),                                 # ours
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+    "huge": (1280, 32, 16),
+}
 
 # ours, for the paper's ViT-B/14 at 224 pixels: 16 x 16 patches, and a decoder of half the width. On few labels of small
-# pictures a larger weight serves better (tests/results.md, "Labels and masks")
+# images a larger weight serves better (tests/measure/results.md, "Labels and masks")
 RECIPE = dict(image_size=224, patch_size=14, shots=0, mim_weight=1.0, codes=1024, decoder_embed_dim=384,
               decoder_depth=2, decoder_num_heads=6, drop_path=0.1, crop_scale=0.08, randaugment=9, mixup=0.8,
               cutmix=1.0, smoothing=0.1, batch_size=1024, epochs=300, warmup_epochs=10, base_lr=2.5e-4,
-              weight_decay=0.1, eval_every=1, workers=12, knn_pictures=20000)
+              weight_decay=0.1, eval_every=1, workers=12)
 SMALL = RECIPE | dict(model="tiny", codes=256, decoder_embed_dim=96, decoder_depth=1, decoder_num_heads=3,
                       crop_scale=0.35, batch_size=256, epochs=200, base_lr=5e-4, weight_decay=0.05, workers=8)  # ours
 PRESETS = {
@@ -138,47 +121,57 @@ PRESETS = {
 }
 
 
-# ---------------------------------------------- Vision Transformer (the same text in every script)
+# ----------------------------------------- Vision Transformer (an identical copy in every script)
 def patchify(images, patch_size: int):
     """(B, C, H, W) -> (B, N, P*P*C): patches row by row; within one: row, column, channel."""
     B, C, H, W = images.shape
-    x = images.reshape(B, C, H // patch_size, patch_size, W // patch_size, patch_size)
-    return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, patch_size * patch_size * C)
+    h, w = H // patch_size, W // patch_size
+    x = images.reshape(B, C, h, patch_size, w, patch_size)                     # (B, C, h, P, w, P)
+    x = x.permute(0, 2, 4, 3, 5, 1)                                            # (B, h, w, P, P, C)
+    return x.reshape(B, h * w, patch_size * patch_size * C)
 
 
 def unpatchify(patches, patch_size: int, grid: tuple[int, int]):
     """The inverse of `patchify`, on a grid of (rows, columns) patches."""
-    x = patches.reshape(len(patches), *grid, patch_size, patch_size, -1)
-    return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)               # (B, C, H, W)
+    B = patches.shape[0]
+    h, w = grid
+    x = patches.reshape(B, h, w, patch_size, patch_size, -1)                   # (B, h, w, P, P, C)
+    x = x.permute(0, 5, 1, 3, 2, 4)                                            # (B, C, h, P, w, P)
+    return x.reshape(B, -1, h * patch_size, w * patch_size)                    # (B, C, H, W)
 
 
-def take(tokens, index):
-    """tokens (B, N, D), index (B, K) -> the rows that index names, (B, K, D)."""
-    return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+def gather_tokens(tokens, index):
+    """tokens (B, N, D), indices (B, K) of some of them -> these (B, K, D)."""
+    index = index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])               # (B, K, D)
+    return tokens.gather(1, index)
 
 
 def sincos_positions(dim: int, grid: tuple[int, int]):
-    """Fixed sine-cosine table (1, 1 + N, dim); the cls token's row 0 is zero.
+    """Fixed sine-cosine table (1, 1 + N, dim); the class token's row 0 is zero.
 
-    The first half of the width tells the column, the second the row: [sin | cos] of the coordinate
-    times 10000^(-i / (dim/4)). (The released code names the halves the other way round.)"""
-    omega = 10000.0 ** (-np.arange(dim // 4) / (dim // 4))
-    row, column = np.indices(grid).reshape(2, -1, 1)                            # (N, 1) each
-    table = [f(t * omega) for t in (column, row) for f in (np.sin, np.cos)]      # 4 x (N, dim/4)
-    table = np.pad(np.concatenate(table, axis=1), ((1, 0), (0, 0)))
+    The first half of the width encodes the column, the second the row: [sin | cos] of coordinate
+    times 10000^(-i / (dim/4)). (The names in the released code suggest the opposite order.)"""
+    omega = 10000.0 ** (-np.arange(dim // 4) / (dim // 4))                     # (dim/4,)
+    row, column = np.indices(grid).reshape(2, -1, 1)                           # (N, 1) each
+    column_angle = column * omega                                              # (N, dim/4)
+    row_angle = row * omega
+    quarters = [np.sin(column_angle), np.cos(column_angle), np.sin(row_angle), np.cos(row_angle)]
+    table = np.concatenate(quarters, axis=1)                                   # (N, dim)
+    table = np.pad(table, ((1, 0), (0, 0)))                                    # (1 + N, dim)
     return torch.from_numpy(table).float().unsqueeze(0)
 
 
 class PatchEmbed(nn.Module):
-    """A convolution's parameters used as a matrix, so that hidden patches are never embedded."""
+    """A linear layer on patches. Its parameters have a convolution's shapes, as in timm and in the
+    released checkpoints; used as a matrix, they can embed the visible patches alone."""
 
     def __init__(self, patch_size, embed_dim):
         super().__init__()
         self.proj = nn.Conv2d(3, embed_dim, patch_size, patch_size)
 
-    def forward(self, patches):                                                 # (B, K, P*P*C)
-        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)                # (D, P*P*C)
-        return F.linear(patches, weight, self.proj.bias)                        # (B, K, D)
+    def forward(self, patches):                                                # (B, K, P*P*C)
+        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)               # (D, P*P*C)
+        return F.linear(patches, weight, self.proj.bias)                       # (B, K, D)
 
 
 class Attention(nn.Module):
@@ -188,31 +181,32 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x):                                                       # (B, T, D)
+    def forward(self, x):                                                      # (B, T, D)
         B, T, D = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                    # (B, heads, T, d)
-        x = F.scaled_dot_product_attention(q, k, v)                             # (B, heads, T, d)
-        return self.proj(x.transpose(1, 2).reshape(B, T, D))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                   # (B, heads, T, d)
+        x = F.scaled_dot_product_attention(q, k, v)                            # (B, heads, T, d)
+        x = x.transpose(1, 2).reshape(B, T, D)
+        return self.proj(x)
 
 
 class Mlp(nn.Module):
-    def __init__(self, dim, hidden_dim):
+    def __init__(self, dim):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
 class Block(nn.Module):
-    def __init__(self, dim, num_heads, mlp_ratio):
+    def __init__(self, dim, num_heads):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = Mlp(dim)
 
     def forward(self, x):
         x = x + self.attn(self.norm1(x))
@@ -224,67 +218,81 @@ class VisionTransformer(nn.Module):
 
     image_size: side in pixels, or (height, width)."""
 
-    def __init__(self, image_size, patch_size, embed_dim, depth, num_heads, mlp_ratio=4.0):
+    def __init__(self, image_size, patch_size, embed_dim, depth, num_heads):
         super().__init__()
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        self.patch_size, self.grid = patch_size, (height // patch_size, width // patch_size)
+        self.patch_size = patch_size
+        self.grid = (height // patch_size, width // patch_size)
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(sincos_positions(embed_dim, self.grid), requires_grad=False)
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
+        positions = sincos_positions(embed_dim, self.grid)
+        self.pos_embed = nn.Parameter(positions, requires_grad=False)
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
 
     def init_weights(self):
-        """Xavier-uniform matrices, zero biases, tokens N(0, 0.02) (MAE, released code)."""
+        """Xavier-uniform matrices, linear layers' biases 0, tokens N(0, 0.02) (released code)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))         # (D, C*P*P)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))       # (D, C*P*P), a view
         nn.init.normal_(self.cls_token, std=0.02)
 
-    def tokens(self, patches, kept=None):
-        """patches (B, N, P*P*C) -> tokens after the last norm (B, 1 + K, D), the cls token first.
+    def forward_features(self, patches, visible=None):
+        """patches (B, N, P*P*C) -> tokens after the last norm (B, 1 + K, D), the class token first.
 
-        kept (B, K): the patches to look at; the others are not touched. None: all."""
-        pos = self.pos_embed[:, 1:]                                             # (1, N, D)
-        if kept is not None:
-            patches, pos = take(patches, kept), pos[0, kept]                    # (B, K, ...)
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(patches), -1, -1)
-        x = self.patch_embed(patches) + pos                                     # (B, K, D)
-        x = torch.cat([cls, x], dim=1)                                          # (B, 1 + K, D)
+        visible (B, K): indices of the patches to encode. None: all."""
+        pos = self.pos_embed[:, 1:]                                            # (1, N, D)
+        if visible is not None:
+            patches = gather_tokens(patches, visible)                          # (B, K, P*P*C)
+            pos = pos[0, visible]                                              # (B, K, D)
+        x = self.patch_embed(patches) + pos                                    # (B, K, D)
+        cls = self.cls_token + self.pos_embed[:, :1]                           # (1, 1, D)
+        cls = cls.expand(x.shape[0], -1, -1)                                   # (B, 1, D)
+        x = torch.cat([cls, x], dim=1)                                         # (B, 1 + K, D)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
 
     def encode(self, images):
         """Normalised images (B, 3, H, W) -> all tokens (B, 1 + N, D); nothing is ever masked."""
-        return self.tokens(patchify(images, self.patch_size))
+        return self.forward_features(patchify(images, self.patch_size))
 
 
 # ---------------------------------------------------------------------------------------- masking
 def random_masking(noise, mask_ratio: float):
-    """noise (B, N) -> kept (B, K) and hidden (B, N - K) patch numbers, those of least noise kept.
+    """noise (B, N) -> indices of the visible patches (B, K), those of least noise, and of the
+    masked ones (B, M).
 
-    K = floor(N * (1 - mask_ratio)) in floating point, as released: 100 patches at 0.9 keep 9."""
+    K = floor(N * (1 - mask_ratio)) in floating point, as released: 0.9 leaves 9 of 100 patches."""
     K = int(noise.shape[1] * (1 - mask_ratio))
-    order = noise.argsort(dim=1)
+    order = noise.argsort(dim=1)                                               # (B, N)
     return order[:, :K], order[:, K:]
 
 
 # -------------------------------------------------------------------------------- target and loss
 def pixel_target(patches, norm_pix: bool):
-    """patches (B, M, P*P*C) -> what to predict: pixels, or pixels normalised within each patch with
-    the unbiased variance + 1e-6 (section 4.2, "reconstruction target")."""
+    """patches (B, M, P*P*C) -> what to predict: pixels, or pixels normalised within each patch, by
+    its mean and its unbiased variance + 1e-6 (section 3, "reconstruction target")."""
     if not norm_pix:
         return patches
-    mean, var = patches.mean(dim=-1, keepdim=True), patches.var(dim=-1, keepdim=True)
+    mean = patches.mean(dim=-1, keepdim=True)                                  # (B, M, 1)
+    var = patches.var(dim=-1, keepdim=True)                                    # (B, M, 1)
     return (patches - mean) / (var + 1e-6).sqrt()
 
 
+def undo_norm_pix(prediction, patches):
+    """Predicted normalised pixels -> pixels (B, M, P*P*C), by the mean and variance of the patches
+    themselves. This uses the answer: it is for looking at, not for measuring."""
+    mean = patches.mean(dim=-1, keepdim=True)                                  # (B, M, 1)
+    var = patches.var(dim=-1, keepdim=True)                                    # (B, M, 1)
+    return prediction * (var + 1e-6).sqrt() + mean
+
+
 def reconstruction_loss(prediction, target):
-    """Mean squared error of the hidden patches (section 3). Every picture hides as many, so the
-    plain mean is the paper's: per patch first, then over the hidden patches of the batch."""
+    """Mean squared error on the masked patches (section 3). All images have equally many, so the
+    plain mean is the paper's: per patch first, then over the masked patches of the batch."""
     return (prediction.float() - target).square().mean()
 
 
@@ -325,32 +333,32 @@ def open_tokenizer(path: str, image_size: int, patches: int, device):
         fits = found.dtype == torch.int64 and found.shape == (2, patches) and 0 <= found.min() <= found.max() < count
     except Exception as error:                           # whatever that program raises
         raise common.UserError(f"{path} is no Python file with tokenizer(device) -> (codes, count): "
-                               f"{common.why(error)}") from error
+                               f"{common.first_line(error)}") from error
     if not fits:
-        raise common.UserError(f"{path} makes {found.dtype} codes {list(found.shape)} of 2 pictures; "
+        raise common.UserError(f"{path} makes {found.dtype} codes {list(found.shape)} of 2 images; "
                                f"int64 [2, {patches}] from 0 to below {count} are needed")
-    mean, std = common.mean_std(device)
+    mean, std = data.mean_std(device)
     return torch.no_grad()(lambda images: tokenize(images * std + mean)), count
 
 
 # ----------------------------------------------------------------------------------------- SupMIM
 class SupMIM(VisionTransformer):
-    thrown_away = ("decoder", "mask_token", "head")      # what is not the encoder: how these names begin
+    pretrain_only = ("decoder", "mask_token", "head.")   # what the names begin with that are not the encoder's
 
     def __init__(self, image_size, patch_size, embed_dim, depth, num_heads, decoder_embed_dim,
-                 decoder_depth, decoder_num_heads, mlp_ratio=4.0, mask_ratio=0.5, norm_pix=True, classes=1000,
+                 decoder_depth, decoder_num_heads, mask_ratio=0.5, norm_pix=True, classes=1000,
                  mim_weight=1.0, codes=0, passes="two", mask_tokens="decoder", pool="mean", drop_path=0.0,
                  smoothing=0.0):
-        super().__init__(image_size, patch_size, embed_dim, depth, num_heads, mlp_ratio)
+        super().__init__(image_size, patch_size, embed_dim, depth, num_heads)
         self.mask_ratio, self.norm_pix = mask_ratio, norm_pix
         self.mim_weight, self.codes, self.smoothing = mim_weight, codes, smoothing
         self.passes, self.mask_tokens, self.pool = passes, mask_tokens, pool
         self.head = nn.Linear(embed_dim, classes)
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim if mask_tokens == "decoder" else embed_dim))
-        self.decoder_pos_embed = nn.Parameter(sincos_positions(decoder_embed_dim, self.grid),
-                                              requires_grad=False)
-        self.decoder_blocks = nn.ModuleList(Block(decoder_embed_dim, decoder_num_heads, mlp_ratio)
+        positions = sincos_positions(decoder_embed_dim, self.grid)
+        self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
+        self.decoder_blocks = nn.ModuleList(Block(decoder_embed_dim, decoder_num_heads)
                                             for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_embed_dim, codes or 3 * patch_size ** 2)
@@ -369,37 +377,46 @@ class SupMIM(VisionTransformer):
         """Normalised images (B, 3, H, W) -> logits (B, classes): all that is left after training."""
         return self.head(self.pooled(self.encode(images)))
 
-    def encode_masked(self, patches, kept, hidden):
-        """Tokens after the last norm (B, 1 + N, D), cls, kept, hidden, with mask tokens for the hidden patches."""
-        x = self.patch_embed(take(patches, kept))                               # (B, K, D)
-        x = torch.cat([x, self.mask_token.to(x.dtype).expand(len(x), hidden.shape[1], -1)], dim=1)
-        x = x + self.pos_embed[0, torch.cat([kept, hidden], dim=1) + 1]
-        x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
+    def encode_masked(self, patches, visible, masked):
+        """Tokens after the last norm (B, 1 + N, D): class token, visible, masked, with mask tokens for
+        the masked patches."""
+        x = self.patch_embed(gather_tokens(patches, visible))                  # (B, K, D)
+        mask_tokens = self.mask_token.to(x.dtype).expand(x.shape[0], masked.shape[1], -1)
+        x = torch.cat([x, mask_tokens], dim=1)                                 # (B, N, D)
+        x = x + self.pos_embed[0, torch.cat([visible, masked], dim=1) + 1]
+        cls = self.cls_token + self.pos_embed[:, :1]                           # (1, 1, D)
+        cls = cls.expand(x.shape[0], -1, -1)                                   # (B, 1, D)
+        x = torch.cat([cls, x], dim=1)                                         # (B, 1 + N, D)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
 
-    def decode(self, latent, kept, hidden):
-        """latent (B, 1 + K or 1 + N, D) -> decoder tokens (B, 1 + N, E): cls, the kept, then the hidden."""
-        x = self.decoder_embed(latent)                                          # (B, 1 + K, E)
+    def decode(self, latent, visible, masked):
+        """latent (B, 1 + K or 1 + N, D) -> decoder tokens (B, 1 + N, E): class token, visible, then
+        masked."""
+        x = self.decoder_embed(latent)                                         # (B, 1 + K or 1 + N, E)
         if self.mask_tokens == "decoder":
-            x = torch.cat([x, self.mask_token.to(x.dtype).expand(len(x), hidden.shape[1], -1)], dim=1)
-        place = F.pad(torch.cat([kept, hidden], dim=1) + 1, (1, 0))             # (B, 1 + N), cls: 0
-        x = x + self.decoder_pos_embed[0, place]
+            mask_tokens = self.mask_token.to(x.dtype).expand(x.shape[0], masked.shape[1], -1)
+            x = torch.cat([x, mask_tokens], dim=1)                             # (B, 1 + N, E)
+        position_ids = torch.cat([visible, masked], dim=1) + 1                 # (B, N)
+        position_ids = F.pad(position_ids, (1, 0))                             # (B, 1 + N), class: 0
+        x = x + self.decoder_pos_embed[0, position_ids]
         for block in self.decoder_blocks:
             x = block(x)
         return x
 
-    def predict_hidden(self, patches, noise):
-        """The masked pass -> tokens of the visible patches (B, 1 + K, D), the prediction (B, M, P*P*C or codes), and
-        which patches it is of (B, M)."""
-        kept, hidden = random_masking(noise, self.mask_ratio)                   # (B, K), (B, M)
+    def predict_masked(self, patches, noise):
+        """The masked pass -> tokens of the visible patches (B, 1 + K, D), the prediction (B, M, P*P*C
+        or codes), and which patches it is of (B, M)."""
+        visible, masked = random_masking(noise, self.mask_ratio)               # (B, K), (B, M)
         if self.mask_tokens == "decoder":
-            latent = self.tokens(patches, kept)                                 # (B, 1 + K, D)
+            latent = self.forward_features(patches, visible)                   # (B, 1 + K, D)
         else:
-            latent = self.encode_masked(patches, kept, hidden)                  # (B, 1 + N, D)
-        decoded = self.decode(latent, kept, hidden)[:, 1 + kept.shape[1]:]       # (B, M, E)
-        return latent[:, :1 + kept.shape[1]], self.decoder_pred(self.decoder_norm(decoded)), hidden
+            latent = self.encode_masked(patches, visible, masked)              # (B, 1 + N, D)
+        decoded = self.decode(latent, visible, masked)                         # (B, 1 + N, E)
+        decoded = decoded[:, 1 + visible.shape[1]:]                            # (B, M, E)
+        prediction = self.decoder_pred(self.decoder_norm(decoded))             # (B, M, P*P*C or codes)
+        return latent[:, :1 + visible.shape[1]], prediction, masked
 
     def forward(self, images, labels, noise=None, mixed=None, target_codes=None):
         """images (B, 3, H, W), normalised; labels (B,) or their mixtures (B, classes); noise (B, N) in [0, 1) decides
@@ -414,14 +431,15 @@ class SupMIM(VisionTransformer):
             patches = patchify(images if self.passes == "two" else mixed, self.patch_size)     # (B, N, P*P*C)
             if noise is None:
                 noise = torch.rand(patches.shape[:2], device=images.device)
-            visible, prediction, hidden = self.predict_hidden(patches, noise)
+            visible_tokens, prediction, masked = self.predict_masked(patches, noise)
             if self.passes == "one":
-                logits = self.head(self.pooled(visible))                        # (B, classes)
+                logits = self.head(self.pooled(visible_tokens))                # (B, classes)
             if self.codes:
-                target = target_codes.gather(1, hidden)                         # (B, M)
+                target = target_codes.gather(1, masked)                        # (B, M)
                 masked_loss = F.cross_entropy(prediction.float().flatten(0, 1), target.flatten())
             else:
-                masked_loss = reconstruction_loss(prediction, pixel_target(take(patches, hidden), self.norm_pix))
+                target = pixel_target(gather_tokens(patches, masked), self.norm_pix)       # (B, M, P*P*C)
+                masked_loss = reconstruction_loss(prediction, target)
         class_loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.smoothing)
         return class_loss + self.mim_weight * masked_loss, class_loss, masked_loss, logits
 
@@ -432,19 +450,9 @@ def build(cfg: Config, classes: int = 1, codes: int = 0) -> SupMIM:
     classes: evaluate.py, which takes the encoder alone, leaves it out."""
     torch.manual_seed(cfg.seed)
     return SupMIM(cfg.image_size, cfg.patch_size, cfg.embed_dim, cfg.depth, cfg.num_heads,
-                  cfg.decoder_embed_dim, cfg.decoder_depth, cfg.decoder_num_heads, cfg.mlp_ratio,
+                  cfg.decoder_embed_dim, cfg.decoder_depth, cfg.decoder_num_heads,
                   cfg.mask_ratio, cfg.norm_pix, classes, cfg.mim_weight, codes, cfg.passes, cfg.mask_tokens,
                   cfg.pool, cfg.drop_path, cfg.smoothing)
-
-
-def resize_positions(table, grid: tuple[int, int]):
-    """Position table (1, 1 + n*n, D) of a square grid -> (1, 1 + h*w, D), bicubic. Same grid: untouched."""
-    side = round((table.shape[1] - 1) ** 0.5)
-    if grid == (side, side):
-        return table
-    patches = table[:, 1:].transpose(1, 2).unflatten(2, (side, side))
-    patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
-    return torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
 
 
 def feature(model: SupMIM):
@@ -453,72 +461,87 @@ def feature(model: SupMIM):
 
 
 @torch.no_grad()
-def picture(model: SupMIM, images, noise, target_codes, centres, path):
+def save_visualization(model: SupMIM, images, noise, target_codes, centres, path):
     """Write what the masked pass sees and predicts: normalised images (B, 3, H, W), noise (B, N). Of codes, the
     centres (codes, P*P*C) that were predicted; without centres, white where the code is that of target_codes (B, N)."""
     model.eval()
-    patches = patchify(images, model.patch_size)
-    _, prediction, hidden = model.predict_hidden(patches, noise)
-    truth, prediction, caption = take(patches, hidden), prediction.float(), "prediction"
+    patches = patchify(images, model.patch_size)                               # (B, N, P*P*C)
+    _, prediction, masked = model.predict_masked(patches, noise)
+    prediction = prediction.float()                                            # (B, M, P*P*C or codes)
+    truth = gather_tokens(patches, masked)                                     # (B, M, P*P*C)
+    title = "prediction"
     if model.codes and centres is None:
-        caption, right = "white: the right code", prediction.argmax(dim=-1) == target_codes.gather(1, hidden)
+        title = "white: the right code"
+        right = prediction.argmax(dim=-1) == target_codes.gather(1, masked)    # (B, M)
         prediction = torch.where(right.unsqueeze(-1), truth.amax(), truth.amin()).expand_as(truth)
     else:
-        prediction = centres[prediction.argmax(dim=-1)] if model.codes else prediction
-        if model.norm_pix:                               # back to pixels; this uses the answer
-            mean, var = truth.mean(-1, keepdim=True), truth.var(-1, keepdim=True)
-            prediction = prediction * (var + 1e-6).sqrt() + mean
-            caption += " (each patch with its true mean and variance)"
-    where = hidden.unsqueeze(-1).expand_as(truth)
-    show = lambda x: unpatchify(x, model.patch_size, model.grid)
-    common.save_rows(path, {"original": images, "masked": show(patches.scatter(1, where, 0.0)),
-                            caption: show(torch.zeros_like(patches).scatter(1, where, prediction)),
-                            "prediction over the visible patches": show(patches.scatter(1, where, prediction))})
+        if model.codes:
+            prediction = centres[prediction.argmax(dim=-1)]                    # (B, M, P*P*C)
+        if model.norm_pix:
+            prediction = undo_norm_pix(prediction, truth)
+            title = "prediction (each patch with its true mean and variance)"
+    index = masked.unsqueeze(-1).expand_as(prediction)                         # (B, M, P*P*C)
+    rows = {
+        "original": patches,
+        "masked": patches.scatter(1, index, 0.0),
+        title: torch.zeros_like(patches).scatter(1, index, prediction),
+        "prediction over the visible patches": patches.scatter(1, index, prediction),
+    }
+    rows = {name: unpatchify(row, model.patch_size, model.grid) for name, row in rows.items()}
+    data.save_image_grid(path, rows)
     model.train()
 
 
 # ---------------------------------------------------------------------------------------- training
 def train(cfg: Config) -> dict:
     """Train and score the classifier; returns the last line of metrics.jsonl."""
-    device = common.start(cfg.seed)
-    data = common.open_data(cfg.data, cfg.data_root, cfg.seed)
-    if data.test is None:
-        raise common.UserError(f"{cfg.data} has no labelled pictures to train and test on")
-    labelled = common.subset(data.train, cfg.shots, 100, cfg.seed)
-    labelled.transform = common.augment(cfg.image_size, cfg.crop_scale, randaugment=cfg.randaugment)
-    data = data._replace(pretrain=labelled, train=labelled)
-    patches, codes, tokenize, centres = (cfg.image_size // cfg.patch_size) ** 2, 0, None, None
+    device = common.init_distributed(cfg)
+    splits = data.open_data(cfg.data, cfg.data_root, cfg.seed)
+    if splits.test is None:
+        raise common.UserError(f"{cfg.data} has no labelled images to train and test on")
+    labelled = data.subset(splits.train, cfg.shots, 100, cfg.seed)
+    labelled.transform = data.augment(cfg.image_size, cfg.crop_scale, randaugment=cfg.randaugment)
+    splits = splits._replace(pretrain=labelled, train=labelled)
+    patches = (cfg.image_size // cfg.patch_size) ** 2
+    codes = 0
+    tokenize = None
+    centres = None
     if cfg.target == "kmeans":
-        codes, centres = cfg.codes, torch.zeros(cfg.codes, 3 * cfg.patch_size ** 2, device=device)
+        codes = cfg.codes
+        centres = torch.zeros(codes, 3 * cfg.patch_size ** 2, device=device)
         to_patches = lambda images: pixel_target(patchify(images, cfg.patch_size), cfg.norm_pix)
         tokenize = lambda images: nearest_code(to_patches(images), centres)
     elif cfg.target != "pixels":
         tokenize, codes = open_tokenizer(cfg.target, cfg.image_size, patches, device)
-    model = build(cfg, len(data.classes), codes).to(device)
-    optimizer = torch.optim.AdamW(common.parameter_groups(model, cfg.weight_decay),
-                                  betas=(0.9, 0.999), fused=True)
-    steps_per_epoch, peak_lr = common.plan(cfg, len(labelled))
+    model = build(cfg, len(splits.classes), codes).to(device)
+    groups = common.parameter_groups(model, cfg.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
+    steps_per_epoch = common.plan_steps(cfg, len(labelled))
     losses = torch.zeros(2, device=device)               # means of class and masked loss, as far as the epoch has come
-    run = common.Run("supmim", cfg, model, optimizer, steps_per_epoch,
-                     {"losses": losses} | ({} if centres is None else {"centres": centres}))
-    if cfg.target == "kmeans" and cfg.mim_weight and not run.first:
-        found, _ = common.features(lambda images: to_patches(images).flatten(1), labelled, cfg.image_size, device,
-                                   workers=cfg.workers, limit=500)
-        centres.copy_(kmeans(found.view(-1, centres.shape[1]), codes, cfg.seed))
-        if common.world() > 1:
+    tensors = {"losses": losses}
+    if centres is not None:
+        tensors["centres"] = centres
+    run = common.Run("supmim", cfg, model, optimizer, steps_per_epoch, tensors)
+    if cfg.target == "kmeans" and cfg.mim_weight and not run.first_step:
+        some, _ = data.features(lambda images: to_patches(images).flatten(1), labelled, cfg.image_size, device,
+                                 workers=cfg.workers, limit=500)
+        centres.copy_(kmeans(some.view(-1, centres.shape[1]), codes, cfg.seed))
+        if common.world_size() > 1:
             dist.broadcast(centres, 0)                   # sums on a GPU differ in the last digit
-    common.say(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters with decoder, "
-               f"{len(labelled)} labelled pictures of {len(data.classes)} classes, "
-               f"{int(patches * (1 - cfg.mask_ratio))} of {patches} patches kept in the masked pass")
+    common.log(f"{common.count_parameters(model):,} parameters with decoder, "
+               f"{len(labelled)} labelled images of {len(splits.classes)} classes, "
+               f"{int(patches * (1 - cfg.mask_ratio))} of {patches} patches visible in the masked pass")
     if cfg.compile:
         model.compile()                                  # in place: parameter names stay
-    network = DistributedDataParallel(model) if common.world() > 1 else model
-    amp, mix = common.autocast(device, cfg.precision), common.mixing(cfg.mixup, cfg.cutmix, len(data.classes))
-    sample = common.sample(data.test, cfg.image_size, 8, device)
+    network = model                                      # network: the model as all processes share it
+    if common.world_size() > 1:
+        network = DistributedDataParallel(model)
+    amp = common.autocast(device, cfg.precision)
+    mix = data.mixing(cfg.mixup, cfg.cutmix, len(splits.classes))
+    samples = data.sample_images(splits.test, cfg.image_size, 8, device)
     sample_noise = torch.rand(8, patches, generator=torch.Generator().manual_seed(0)).to(device)
-    sample_codes = tokenize(sample) if tokenize else None
-    order = common.Batches(cfg, len(labelled), run.first, run.last)
-    batches = iter(common.loader(labelled, order, cfg.workers))
+    sample_codes = tokenize(samples) if tokenize else None
+    batches = data.batches(labelled, cfg, run.first_step, run.last_step)
 
     def logits(images):
         with amp:
@@ -526,29 +549,31 @@ def train(cfg: Config) -> dict:
 
     def score():
         model.eval()
-        found = common.features(logits, data.test, cfg.image_size, device, workers=cfg.workers)
+        test_logits, labels = data.features(logits, splits.test, cfg.image_size, device, workers=cfg.workers)
         model.train()
-        scores = common.top1_top5(*found)
-        common.say(", ".join(f"{name} {value:.2f} %" for name, value in scores.items()))
+        scores = data.topk_accuracy(test_logits, labels)
+        common.log(", ".join(f"{name} {value:.2f} %" for name, value in scores.items()))
         return scores
 
-    for step in run.steps():
-        lr = common.learning_rate(step, cfg.warmup_epochs * steps_per_epoch, run.total, peak_lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+    def visualize():
+        if common.rank() == 0 and cfg.mim_weight:
+            path = run.folder / "reconstruction.png"
+            save_visualization(model, samples, sample_noise, sample_codes, centres, path)
+
+    for step, micro_batches in run.steps(batches):
+        lr = common.set_lr(optimizer, cfg, step, steps_per_epoch)
+        noise = common.mask_noise(cfg, step, patches, device)                  # (accumulate, B, N)
         step_loss = 0.0
-        for part, noise in enumerate(common.uniform(cfg, step, patches, device)):
+        for i, (images, labels, _) in enumerate(micro_batches):
             # of mixing and drop path, in each process its own: with these, N processes are no longer one
-            torch.manual_seed(common.mix(cfg.seed, step, part, common.rank(), 1))     # 1: not the masks' seed
-            images, labels, _ = next(batches)
-            images, labels = common.to_device(images, device), labels.to(device, non_blocking=True)
-            mixed, labels = mix(images, labels)
+            torch.manual_seed(common.derive_seed(cfg.seed, step, i, common.rank(), 1))        # 1: not the masks' seed
+            images = data.to_device(images, device)
+            mixed, labels = mix(images, labels.to(device, non_blocking=True))
             seen = images if cfg.passes == "two" else mixed
             target_codes = tokenize(seen) if tokenize and cfg.mim_weight else None
-            waits = common.world() > 1 and part < cfg.accumulate - 1    # gradients travel once a step
-            with network.no_sync() if waits else contextlib.nullcontext():
+            with common.sync_on_last(network, i, cfg.accumulate):              # all-reduce once a step
                 with amp:
-                    loss, class_loss, masked_loss, _ = network(images, labels, noise, mixed, target_codes)
+                    loss, class_loss, masked_loss, _ = network(images, labels, noise[i], mixed, target_codes)
                 (loss / cfg.accumulate).backward()
             step_loss += loss.detach() / cfg.accumulate
             losses += torch.stack([class_loss, masked_loss]).detach() / (cfg.accumulate * steps_per_epoch)
@@ -557,29 +582,32 @@ def train(cfg: Config) -> dict:
         if (step + 1) % steps_per_epoch == 0:
             run.write(step=step + 1, class_loss=losses[0].item(), masked_loss=losses[1].item())    # the first process's
             losses.zero_()
-        if run.end_step(step, step_loss, lr, score) and common.rank() == 0 and cfg.mim_weight:
-            picture(model, sample, sample_noise, sample_codes, centres, run.folder / "reconstruction.png")
+        if run.end_step(step, step_loss, lr, score):
+            visualize()
 
+    model.eval()
+    run.save_encoder(model)
+    if common.rank() == 0:
+        weights = {name: value.cpu() for name, value in model.state_dict().items()
+                   if not name.startswith(("decoder", "mask_token"))}
+        classifier = {"method": "supmim", "config": dict(vars(cfg)), "model": weights}
+        common.save_atomic(classifier, run.folder / "classifier.pt")
+    visualize()                                          # again: a kill may have left an older one
     scores = run.scores or score()                       # score: it was cut short, or had ended before
     model.eval()
-    weights = {name: value.cpu() for name, value in model.state_dict().items()
-               if not name.startswith(("decoder", "mask_token"))}
-    if common.rank() == 0:
-        common.save_whole({"method": "supmim", "config": asdict(cfg), "model": weights}, run.folder / "classifier.pt")
-    encoder = {name: value for name, value in weights.items() if not name.startswith("head.")}
-    untrained = build(cfg, len(data.classes), codes).to(device).eval()
-    metrics = run.finish(encoder, {"pixels": common.shrunk_pixels, "trained": feature(model),
-                                   "untrained": feature(untrained)}, data, scores)
-    common.say(f"top-1 {metrics['top1']:.1f} %, top-5 {metrics['top5']:.1f} %, nearest training picture of the same "
-               f"class {metrics['recall1_trained']:.1f} %")
+    untrained = build(cfg, len(splits.classes), codes).to(device).eval()
+    encoders = {"pixels": data.small_pixels, "trained": feature(model), "untrained": feature(untrained)}
+    metrics = run.finish(scores | data.score_encoders(encoders, splits, cfg, device))
+    common.log(f"top-1 {metrics['top1']:.1f} %, top-5 {metrics['top5']:.1f} %, "
+               f"k-NN {metrics['knn_trained']:.1f} %")
     after = {"shapes": "segment", "imagenet": "segment --data ade20k"}.get(cfg.data, f"knn --data {cfg.data}")
-    common.say(f"try next: python evaluate.py {after} --checkpoint {run.folder}/classifier.pt")
+    common.log(f"try next: python evaluate.py {after} --checkpoint {run.folder}/classifier.pt")
     return metrics
 
 
 def main(argv=None) -> dict:
-    with common.launched():
-        return train(common.parse(Config, PRESETS, argv, __doc__))
+    with common.command_line():
+        return train(common.parse_config(Config, PRESETS, argv, __doc__))
 
 
 if __name__ == "__main__":

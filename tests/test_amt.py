@@ -15,11 +15,12 @@ from PIL import Image
 
 import amt
 import common
+import data
 import evaluate
 import mae
 from amt import AMT, Crop, aligned, attention_order, counts
 from conftest import ROOT, draw, fill, golden
-from test_train import close, photos, same, weights     # noqa: F401, photos is a fixture
+from test_train import checkpoint, close, moments, photos, same, weights     # noqa: F401, photos is a fixture
 
 FIGURES = golden("amt")
 DECODER = dict(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
@@ -148,7 +149,7 @@ def test_crops_are_those_of_the_other_scripts():
     for seed in range(8):
         scale = (0.2, 1.0)[seed % 2]
         torch.manual_seed(seed)
-        expected = common.augment(32, scale)(picture)
+        expected = data.augment(32, scale)(picture)
         torch.manual_seed(seed)
         assert torch.equal(Crop(32, scale)(picture)[0], expected)
 
@@ -182,13 +183,13 @@ def test_thrown_patches_have_no_effect(host):
         other = images.detach().clone()
         other[:, :] = mae.unpatchify(mae.patchify(other, 4).scatter(1, thrown.unsqueeze(2).expand(-1, -1, 48), 9.0), 4, (8, 8))
         assert model(other, noise=noise)[0] == loss
-        target = amt.take(mae.patchify(images, 4), masked)
+        target = amt.gather_tokens(mae.patchify(images, 4), masked)
         assert loss.item() == pytest.approx(F.l1_loss(prediction, target).item(), rel=1e-5)
         squares = masked.view(3, 8, 4)                   # each of 2 x 2 patches
         assert (squares[..., 1] == squares[..., 0] + 1).all() and (squares[..., 2] == squares[..., 0] + 8).all()
 
 
-def test_positions_are_learned_with_simmim_only(photos):
+def test_positions_are_learned_with_simmim_only(small):
     for host, learned in (("mae", False), ("simmim", True)):
         before = amt.build(tiny(host=host, mask_unit=4)).pos_embed.clone()
         amt.train(tiny(output=host, host=host, mask_unit=4, max_steps=2, weight_decay=0.5))
@@ -245,13 +246,13 @@ def test_when_maps_are_made():
 
 
 def test_refresh_and_moving_average():
-    pictures, cfg = common.Pictures(torch.randint(0, 256, (10, 3, 20, 28), dtype=torch.uint8)), tiny()
+    pictures, cfg = data.ImageDataset(torch.randint(0, 256, (10, 3, 20, 28), dtype=torch.uint8)), tiny()
     maps = torch.full((10, 16), 255, dtype=torch.uint8)
     encode = lambda images: images.mean(dim=(1, 2, 3), keepdim=True)[:, :, 0, 0].sigmoid().expand(-1, 16)
     amt.refresh(encode, pictures, np.array([7, 2]), maps, 0.0, cfg, torch.device("cpu"))
     assert (maps[[7, 2]] < 255).all() and (maps[[0, 1, 3]] == 255).all()
     squeezed = amt.v2.functional.resize(pictures.source[7], [16, 16])
-    expected = encode(common.to_device(squeezed.unsqueeze(0), torch.device("cpu")))
+    expected = encode(data.to_device(squeezed.unsqueeze(0), torch.device("cpu")))
     assert (amt.shown(maps[7]) - expected).abs().max() < 1 / 255
     before = maps[7].clone()
     amt.refresh(lambda images: torch.zeros(len(images), 16), pictures, np.array([7]), maps, 0.5, cfg, torch.device("cpu"))
@@ -268,8 +269,15 @@ def test_figures_of_maps():
 
 
 # -------------------------------------------------------------------------------------------- whole runs
-TINY = dict(data="photos", image_size=16, embed_dim=16, depth=1, num_heads=2, decoder_embed_dim=16, crop_scale=0.5, norm_pix=True,
-            epochs=3, batch_size=10, log_every=1, start_epoch=1, refresh_every=1)       # 40 photos: 4 steps an epoch
+TINY = dict(data="photos", image_size=16, decoder_embed_dim=16, crop_scale=0.5, norm_pix=True, epochs=3, batch_size=10,
+            start_epoch=1, refresh_every=1)              # 40 photos: 4 steps an epoch
+
+
+@pytest.fixture
+def small(photos, monkeypatch):
+    """photos, a smaller model, and a line of metrics for every step."""
+    monkeypatch.setitem(amt.SIZES, "micro", (16, 1, 2))
+    monkeypatch.setattr(common, "LOG_EVERY", 1)
 
 
 def tiny(**changes):
@@ -277,7 +285,7 @@ def tiny(**changes):
 
 
 @pytest.mark.parametrize("changes", [{}, dict(host="simmim", mask_unit=4, refresh="rolling", map_decay=0.5, refresh_every=2)])
-def test_resumed_run_equals_an_undisturbed_one(photos, changes):
+def test_resumed_run_equals_an_undisturbed_one(small, changes):
     whole = amt.train(tiny(output="whole", **changes))
     for steps in (2, 6, 8, 0):                           # before the first maps, in the middle, at an epoch's end
         parts = amt.train(tiny(output="parts", max_steps=steps, **changes))
@@ -289,7 +297,7 @@ def test_resumed_run_equals_an_undisturbed_one(photos, changes):
     assert Image.open("whole/reconstruction.png").size[0] > 8 * 90
 
 
-def test_controls_differ(photos):
+def test_controls_differ(small):
     runs = {"amt": {}, "uniform": dict(weights="uniform"), "attention": dict(throw_ratio=0.0, mask_ratio=0.75)}
     found = {name: (amt.train(tiny(output=name, **changes)), weights(name))[1] for name, changes in runs.items()}
     first = {name: [json.loads(line).get("epoch_loss") for line in open(f"{name}/metrics.jsonl")][:5] for name in runs}
@@ -297,15 +305,109 @@ def test_controls_differ(photos):
     assert not same(found["amt"], found["uniform"]) and not same(found["amt"], found["attention"])
 
 
-def test_two_processes_equal_one(photos):
-    amt.train(tiny(output="one"))
-    flags = [f"--{name.replace('_', '-')}={value}" if not isinstance(value, bool) else f"--{name.replace('_', '-')}" for name, value in TINY.items()]
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "amt.py"), "--preset=shapes",
-                           *flags, "--output=two", "--accumulate=5"], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+def seed_of(*numbers):
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+@pytest.mark.parametrize("host, size, side, ratios, first_ratio, beta2, undecayed", [
+    ("mae", 16, 4, (0.45, 0.4), 0.75, 0.95, ()),
+    ("simmim", 32, 8, (0.44, 0.26), 0.44, 0.999, ("pos_embed", "cls_token"))])
+def test_recipe(small, host, size, side, ratios, first_ratio, beta2, undecayed):
+    """Five steps of a loop written out from MAE's and SimMIM's settings and AMT's release: two at
+    random, two by the first maps, one by their moving average. Maps and weights are the run's."""
+    amt.train(tiny(output="run", host=host, image_size=size, mask_unit=8, batch_size=20, epochs=4,
+                   warmup_epochs=1.5, base_lr=0.05, weight_decay=2.0, map_decay=0.25, max_steps=5))
+    torch.manual_seed(0)
+    model = AMT(size, 4, 16, 1, 2, 16, 1, 2, *ratios, norm_pix=True, host=host, mask_unit=8)
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    decays = [p.ndim > 1 and n not in undecayed for n, p in trained]
+    groups = [{"params": [p for (_, p), decayed in zip(trained, decays) if decayed == wanted],
+               "weight_decay": 2.0 * wanted} for wanted in (True, False)]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, beta2), eps=1e-8)
+    photos = data.open_data("photos", "").pretrain
+    crops = photos.with_transform(data.augment(size, 0.5))
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
+    whole = [amt.v2.functional.resize(photos.read(i), [size, size]) for i in range(40)]
+    whole = (torch.stack(whole) / 255 - mean) / std
+    n = size // 4                                        # patches and, below, units in a row
+    for step in range(5):
+        epoch, position = divmod(step, 2)
+        if epoch > 0 and position == 0:
+            with torch.no_grad():
+                new = model.attention_map(whole)
+            old = new if epoch == 1 else (maps + 0.5) / 256
+            maps = (255 * (0.25 * old + 0.75 * new)).round()                   # (40, N)
+        order = torch.randperm(40, generator=torch.Generator().manual_seed(epoch)).tolist()
+        batch = order[20 * position:20 * position + 20]
+        images = torch.stack([crops[epoch, i][0] for i in batch])
+        noise = torch.rand(20, n * n, generator=torch.Generator().manual_seed(seed_of(0, step)))
+        weights_of_units = torch.ones(20, (size // side) ** 2)
+        if epoch > 0:
+            affine = []                                  # where a crop's corners lie in its image
+            for i in batch:
+                torch.manual_seed(seed_of(0, epoch, i))
+                image = photos.read(i)
+                box = amt.v2.RandomResizedCrop(size, (0.5, 1.0)).make_params([image])
+                height, width = box["height"] / image.shape[1], box["width"] / image.shape[2]
+                middle = [2 * (box["left"] / image.shape[2] + width / 2) - 1,
+                          2 * (box["top"] / image.shape[1] + height / 2) - 1]
+                flip = -1 if torch.rand(1) < 0.5 else 1
+                affine.append([[flip * width, 0, middle[0]], [0, height, middle[1]]])
+            grid = F.affine_grid(torch.tensor(affine), (20, 1, n, n), align_corners=False)
+            stored = ((maps[batch] + 0.5) / 256).view(20, 1, n, n)
+            found = F.grid_sample(stored, grid, padding_mode="border", align_corners=False)
+            u = side // 4
+            weights_of_units = found.view(20, n // u, u, n // u, u).mean(dim=(2, 4)).flatten(1)
+        race = -noise[:, :weights_of_units.shape[1]].log() / weights_of_units  # the first are masked
+        peak = 0.05 * 20 / 256                           # warm-up: one and a half epochs, three steps
+        lr = peak * step / 3 if step < 3 else peak / 2 * (1 + np.cos(np.pi * (step - 3) / (8 - 3)))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        counts_of = ratios if epoch > 0 else (first_ratio, 0.0)
+        images = (images / 255 - mean) / std
+        loss, _, _ = model(images, order=race.argsort(dim=1), ratios=counts_of)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    close(model.state_dict(), weights("run"))
+    difference = (maps - checkpoint("run")["tensors"]["maps"].float()).abs()
+    assert difference.max() <= 1 and (difference > 0).float().mean() < 0.01    # rounding apart
+
+
+def test_accumulation_is_one_large_batch(small):
+    for accumulate in (1, 5):
+        amt.train(tiny(output=f"a{accumulate}", accumulate=accumulate, max_steps=6))
+    close(weights("a1"), weights("a5"))
+    close(moments("a1"), moments("a5"))
+    assert checkpoint("a1")["epoch_losses"] == pytest.approx(checkpoint("a5")["epoch_losses"])
+
+
+def test_two_processes_equal_one(small):
+    """Several images a process and micro-batch, into the third epoch, with the second maps: one
+    torchrun makes both runs, with and without accumulation."""
+    runs = {"plain": TINY | dict(batch_size=12, max_steps=8),                  # 3 steps an epoch
+            "rolling": TINY | dict(batch_size=12, max_steps=8, accumulate=2, refresh="rolling",
+                                   refresh_every=2, host="simmim", mask_unit=4)}
+    (Path.cwd() / "both.py").write_text(f"""import sys
+sys.path.insert(0, {str(ROOT)!r})
+import amt, common
+amt.SIZES["micro"] = (16, 1, 2)
+with common.command_line():
+    for name, settings in {runs!r}.items():
+        amt.train(amt.Config(output=name + "2", **settings))
+""")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*command, "both.py"], capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
-    one, two = (torch.load(f"{run}/checkpoint.pt", weights_only=True) for run in ("one", "two"))
-    close(one["model"], two["model"])
-    assert (one["tensors"]["maps"].int() - two["tensors"]["maps"].int()).abs().max() <= 1         # rounding apart
+    for name, settings in runs.items():
+        amt.train(amt.Config(output=f"{name}1", **settings))
+        close(weights(f"{name}1"), weights(f"{name}2"))
+        close(moments(f"{name}1"), moments(f"{name}2"))
+        one, two = checkpoint(f"{name}1"), checkpoint(f"{name}2")
+        assert one["epoch_losses"] == pytest.approx(two["epoch_losses"], rel=1e-5)
+        difference = one["tensors"]["maps"].float() - two["tensors"]["maps"].float()
+        assert difference.abs().max() <= 1               # rounding apart
 
 
 def test_short_run_learns(in_tmp):
@@ -313,14 +415,14 @@ def test_short_run_learns(in_tmp):
     losses = [json.loads(line) for line in open("runs/amt-shapes/metrics.jsonl")]
     lift = [line["map_lift"] for line in losses if "map_lift" in line]
     assert len(lift) == 1 and lift[0] > 1 and found["step"] == 170 and losses[0]["loss"] > losses[-2]["loss"]
-    encoder, *_ = evaluate.load_encoder(evaluate.Config("knn", "runs/amt-shapes/checkpoint.pt"))
+    encoder, *_ = evaluate.load_encoder(evaluate.Config(checkpoint="runs/amt-shapes/checkpoint.pt"))
     assert encoder.encode(torch.randn(1, 3, 32, 32)).shape == (1, 65, 64)
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--start-epoch=7"], "never reached"), (["--throw-ratio=0.6"], "leave nothing to see"), (["--mask-ratio=0"], "leave nothing to see or nothing to paint"),
-    (["--throw-ratio=-0.1"], "leave nothing"), (["--host=simmim", "--mask-unit=6"], "mask_unit 6"), (["--map-decay=0.95"], "map_decay"),
-    (["--refresh-every=0"], "at least 1"), (["--host=beit"], "invalid choice"), (["--start-epok=3"], "did you mean --start-epoch?")])
+    (["--start-epoch=7"], "never reached"), (["--throw-ratio=0.6"], "leave nothing to see"), (["--mask-ratio=0"], "leave nothing to see or nothing to predict"),
+    (["--throw-ratio=-0.1"], "throw_ratio is -0.1"), (["--host=simmim", "--mask-unit=6"], "mask_unit 6"), (["--map-decay=0.95"], "map_decay is 0.95, it must be from 0 to 0.9"),
+    (["--refresh-every=0"], "refresh_every is 0, it must be from 1"), (["--host=beit"], "invalid choice"), (["--start-epok=3"], "did you mean --start-epoch?")])
 def test_a_users_mistake_is_one_line(in_tmp, capfd, argv, words):
     with pytest.raises(SystemExit) as stop:
         amt.main(argv)

@@ -316,8 +316,15 @@ def test_compiled_loss_does_not_recompile():
 
 
 # ------------------------------------------------------------------------------------------- whole runs
-TINY = dict(data="photos", image_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, epochs=2, batch_size=10,
-            teacher="random", log_every=1, min_block=2)  # 40 photos: 4 steps an epoch, 8 in all
+TINY = dict(data="photos", image_size=16, patch_size=4, epochs=2, batch_size=10, teacher="random", min_block=2)
+MICRO = dtm.SIZES["micro"]                               # 40 photos: 4 steps an epoch, 8 in all
+
+
+@pytest.fixture(autouse=True)
+def small_model(monkeypatch):
+    """--model micro of this process is smaller, and every step is logged."""
+    monkeypatch.setitem(dtm.SIZES, "micro", (16, 2, 2))
+    monkeypatch.setattr(common, "LOG_EVERY", 1)
 
 
 def tiny(**changes):
@@ -338,7 +345,7 @@ def test_forward():
     hidden = model.masks(noise)[1]
     assert online.shape == target.shape == (3, 16, 16) and hidden.shape == (3, 6)
     parts = [morph_loss(online, target, *match(target, rounds)[:2]) for rounds in schedules]
-    token = F.smooth_l1_loss(mae.take(online, hidden), mae.take(target, hidden), beta=2.0)
+    token = F.smooth_l1_loss(mae.gather_tokens(online, hidden), mae.gather_tokens(target, hidden), beta=2.0)
     torch.testing.assert_close(loss, sum(parts) / 2 + 0.5 * token)
     patches = mae.patchify(images, 4)
     other = mae.unpatchify(patches.scatter(1, hidden.unsqueeze(-1).expand(-1, -1, 48), 1.0), 4, (4, 4))
@@ -381,7 +388,8 @@ def test_resumed_run_equals_an_undisturbed_one(photos, changes):        # noqa: 
     assert same(weights("whole"), weights("parts"))
 
 
-def test_two_processes_equal_one(photos):                # noqa: F811
+def test_two_processes_equal_one(photos, monkeypatch):   # noqa: F811
+    monkeypatch.setitem(dtm.SIZES, "micro", MICRO)       # the processes' own
     options = ["--split=random", "--token-weight=0.5"]
     dtm.main([*flags(max_steps=5, output="one"), *options])
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "dtm.py"),
@@ -392,7 +400,7 @@ def test_two_processes_equal_one(photos):                # noqa: F811
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--morphs=-1"], "at least 0"), (["--most-rounds=0"], "at least 1"), (["--group-weight=x"], "invalid choice"),
+    (["--morphs=-1"], "morphs is -1, it must be from 0"), (["--most-rounds=0"], "most_rounds is 0, it must be from 1"), (["--group-weight=x"], "invalid choice"),
     (["--teacher=nothing.pt"], "no file nothing.pt"), (["--protect-first", "--student=sparse"], "may not see")])
 def test_a_users_mistake_is_one_line(in_tmp, capfd, argv, words):
     with pytest.raises(SystemExit) as stop:
@@ -402,12 +410,12 @@ def test_a_users_mistake_is_one_line(in_tmp, capfd, argv, words):
 
 
 def test_official_preset_names_its_mistakes():
-    cfg = common.parse(dtm.Config, dtm.PRESETS, ["--data=imagenet", "--preset=official"])
+    cfg = common.parse_config(dtm.Config, dtm.PRESETS, ["--data=imagenet", "--preset=official"])
     assert (cfg.schedule, cfg.protect_first, cfg.split, cfg.average, cfg.loss, cfg.beta, cfg.morphs, cfg.most_rounds) == \
         ("official", True, "alternating", "size", "smooth_l1", 2.0, 2, 14)
     assert (cfg.teacher, cfg.teacher_feature, cfg.teacher_norm, cfg.normalize, int(cfg.mask_ratio * 196)) == ("clip", "proj", "student", "none", 75)
     for teacher, feature in (("self", "post"), ("dino", "post"), ("hog", "post"), ("clip-large", "proj"), ("x.pt", "post")):
         for data in ("imagenet", "cifar10", "somewhere"):
-            assert common.parse(dtm.Config, dtm.PRESETS, [f"--data={data}", f"--teacher={teacher}"]).teacher_feature == feature
-    paper = common.parse(dtm.Config, dtm.PRESETS, ["--data=imagenet"])
+            assert common.parse_config(dtm.Config, dtm.PRESETS, [f"--data={data}", f"--teacher={teacher}"]).teacher_feature == feature
+    paper = common.parse_config(dtm.Config, dtm.PRESETS, ["--data=imagenet"])
     assert (paper.schedule, paper.protect_first, paper.teacher_norm) == ("exact", False, "own")

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +18,25 @@ from torchvision.ops import stochastic_depth
 from torchvision.transforms import v2
 
 import common
+import data
 import evaluate
 import mae
 from conftest import ROOT, draw, golden
 from test_train import close, photos, tiny               # noqa: F401, photos is a fixture
 
-VIT = dict(model="micro", image_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2)
+VIT = dict(model="micro", image_size=16, patch_size=4)
+FROM_CHECKPOINT = dict(model="", image_size=None, patch_size=None)
 
 
-def vit(**changes):
+@pytest.fixture(autouse=True)
+def small_models(monkeypatch):
+    monkeypatch.setitem(mae.SIZES, "micro", (16, 2, 2))
+    monkeypatch.setattr(common, "LOG_EVERY", 1)
+
+
+def vit():
     """An encoder as `load_encoder` gives it, untrained."""
-    return evaluate.load_encoder(evaluate.Config(**VIT | changes))[0]
+    return evaluate.load_encoder(evaluate.Config(**VIT))[0]
 
 
 def official(size=16, depth=2):
@@ -71,7 +78,7 @@ def test_layer_decay(depth, decay, embed):
         encoder = mae.VisionTransformer(32, 16, 16, depth, 2)
     model = evaluate.Classifier(encoder, 3, "mean")
     groups = evaluate.layer_decay_groups(model, 0.05, decay)
-    scale = {id(p): (g["scale"], g["weight_decay"]) for g in groups for p in g["params"]}
+    scale = {id(p): (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
     got = {name: scale[id(p)] for name, p in model.named_parameters()}           # each in one group
     assert sum(len(g["params"]) for g in groups) == len(got)
     for name in ("pos_embed", "cls_token", "patch_embed.proj.bias"):
@@ -113,13 +120,13 @@ def test_presets_are_the_papers():
 def test_nearest_does_not_depend_on_chunks():
     generator = torch.Generator().manual_seed(0)
     train, test = torch.randn(300, 8, generator=generator), torch.randn(2300, 8, generator=generator)
-    similarity, rows = common.nearest(test, train, 7)
-    alone = [common.nearest(test[i:i + 1], train, 7) for i in (0, 999, 1000, 2299)]
+    similarity, rows = data.nearest_neighbors(test, train, 7)
+    alone = [data.nearest_neighbors(test[i:i + 1], train, 7) for i in (0, 999, 1000, 2299)]
     for i, (s, r) in zip((0, 999, 1000, 2299), alone):
         assert torch.equal(r[0], rows[i]) and torch.allclose(s[0], similarity[i], atol=1e-6)
     exact = F.normalize(test.double(), dim=1) @ F.normalize(train.double(), dim=1).T
     assert (exact.topk(7).indices == rows).float().mean() > 0.999
-    assert common.nearest(test, train[:3], 7)[0].shape == (2300, 3)
+    assert data.nearest_neighbors(test, train[:3], 7)[0].shape == (2300, 3)
 
 
 def test_vote_is_that_of_a_softmax():
@@ -128,7 +135,7 @@ def test_vote_is_that_of_a_softmax():
     voters, y = torch.randint(0, 6, (500, 20), generator=generator), torch.randint(0, 6, (500,), generator=generator)
     votes = torch.zeros(500, 6, dtype=torch.double).scatter_add_(1, voters, (similarity.double() / 0.07).softmax(1))
     want = 100 * (votes.argmax(1) == y).double().mean().item()
-    assert common.vote(similarity, voters, y, 6)[0] == pytest.approx(want, abs=1e-4)
+    assert data.knn_vote(similarity, voters, y, 6)[0] == pytest.approx(want, abs=1e-4)
 
 
 def test_ranking_by_hand():
@@ -221,11 +228,12 @@ def test_taps():
     assert not torch.allclose(norm(found["mean-raw"]), found["mean"])
 
 
-def test_drop_path():
+def test_drop_path(monkeypatch):
     torch.manual_seed(0)
     kept = torch.stack([stochastic_depth(torch.ones(1, 1), 0.3, "row") for _ in range(4000)])
     assert kept.mean().item() == pytest.approx(1, abs=0.05) and kept.unique().tolist() == pytest.approx([0, 1 / 0.7])
-    encoder, images = vit(depth=3), torch.randn(64, 3, 16, 16)
+    monkeypatch.setitem(mae.SIZES, "micro", (16, 3, 2))
+    encoder, images = vit(), torch.randn(64, 3, 16, 16)
     want, names = encoder.encode(images), list(encoder.state_dict())
     common.add_drop_path(encoder.blocks, 1.0)            # chances 0, 0.5, 1: the last block always goes
     torch.testing.assert_close(encoder.eval().encode(images), want)              # nothing is dropped when scoring
@@ -250,7 +258,7 @@ def test_ema_is_the_closed_form():
 
 # -------------------------------------------------------------------------------------------------- pictures
 def test_randaugment_turns_by_27_degrees_at_most():
-    strength = common.augment(32, 1.0, randaugment=9).transforms[2]
+    strength = data.augment(32, 1.0, randaugment=9).transforms[2]
     assert (strength.num_ops, strength.magnitude, strength.num_magnitude_bins) == (2, 9, 11)
     magnitudes, signed = strength._AUGMENTATION_SPACE["Rotate"]
     assert signed and float(magnitudes(11, 32, 32)[9]) == pytest.approx(27)
@@ -258,8 +266,8 @@ def test_randaugment_turns_by_27_degrees_at_most():
 
 def test_augmentation_is_uint8_and_repeats():
     cfg = evaluate.Config(image_size=32, randaugment=9, erasing=0.5, crop_scale=0.3)
-    drawn = common.shapes("train", np.arange(20))["picture"]
-    pictures = common.Pictures(torch.from_numpy(drawn), transform=evaluate.augment(cfg))
+    drawn = data.synthetic_shapes("train", np.arange(20))["image"]
+    pictures = data.ImageDataset(torch.from_numpy(drawn), transform=evaluate.augment(cfg))
     for i in range(20):
         picture = pictures[3, i][0]
         assert picture.dtype == torch.uint8 and picture.shape == (3, 32, 32) and torch.equal(picture, pictures[3, i][0])
@@ -286,7 +294,7 @@ def test_erasing():
 def test_mixing():
     torch.manual_seed(0)
     images, labels = torch.rand(8, 3, 32, 32), torch.arange(8)
-    mix, kinds = common.mixing(0.8, 1.0, 8), set()
+    mix, kinds = data.mixing(0.8, 1.0, 8), set()
     for _ in range(20):
         mixed, soft = mix(images, labels)
         torch.testing.assert_close(soft.sum(1), torch.ones(8))
@@ -301,20 +309,20 @@ def test_mixing():
         want = -(smooth * logits.log_softmax(1)).sum(1).mean()
         torch.testing.assert_close(F.cross_entropy(logits, soft, label_smoothing=0.1), want)
     assert kinds == {"cut", "mix"}
-    same = common.mixing(0.0, 0.0, 8)(images, labels)
+    same = data.mixing(0.0, 0.0, 8)(images, labels)
     assert torch.equal(same[0], images) and torch.equal(same[1], labels)
 
 
 def test_few_shots():
     labels = np.repeat([0, 1, 2], [50, 30, 3])
-    pictures = common.Pictures(torch.arange(83, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2), labels)
-    five = common.subset(pictures, 5, 100, 0)
+    pictures = data.ImageDataset(torch.arange(83, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2), labels)
+    five = data.subset(pictures, 5, 100, 0)
     assert np.bincount(five.labels).tolist() == [5, 5, 3]
     assert (labels[five.source[:, 0, 0, 0].numpy()] == five.labels).all()        # each keeps its label
-    assert not torch.equal(five.source, common.subset(pictures, 5, 100, 1).source)
-    assert torch.equal(five.source, common.subset(pictures, 5, 100, 0).source)
-    assert np.bincount(common.subset(pictures, 0, 10, 0).labels).tolist() == [5, 3, 1]
-    assert len(common.subset(pictures, 0, 100, 0)) == 83
+    assert not torch.equal(five.source, data.subset(pictures, 5, 100, 1).source)
+    assert torch.equal(five.source, data.subset(pictures, 5, 100, 0).source)
+    assert np.bincount(data.subset(pictures, 0, 10, 0).labels).tolist() == [5, 3, 1]
+    assert len(data.subset(pictures, 0, 100, 0)) == 83
 
 
 def save(path, array):
@@ -347,7 +355,10 @@ def test_folder_of_pictures_and_masks(tmp_path):
     (picture, mask), _, _ = train[0, 0]
     assert picture.shape == (3, 8, 8) and mask.shape == (8, 8)
     save(tmp_path / "masks/00.png", np.zeros((3, 3)))    # of another size: named, skipped, counted
-    assert train[0, 0][2] == 1 and train.broken.sum() == 1
+    (_, mask), _, index = train[0, 0]                    # one drawn by (seed, epoch, index) instead
+    assert index == np.random.RandomState(common.derive_seed(0, 0, 0)).randint(18) != 0
+    assert mask.unique().tolist() == train.mask(index).unique().tolist()
+    assert train.unreadable.nonzero().flatten().tolist() == [0]
     with pytest.raises(common.UserError, match="no images/ and masks/"):
         evaluate.open_masked(evaluate.Config(protocol="segment", data="nowhere"))
     save(tmp_path / "masks/validation/other.png", np.zeros((12, 9)))
@@ -374,7 +385,7 @@ def test_masks_of_black_and_white_are_refused(tmp_path):
 
 
 def test_picture_and_mask_are_cropped_alike():
-    drawn = common.shapes("train", np.arange(50))
+    drawn = data.synthetic_shapes("train", np.arange(50))
     bright = torch.from_numpy(np.repeat(drawn["mask"][:, None], 3, 1).astype(np.uint8) * 255)
     masked = evaluate.Masked(bright, torch.from_numpy(drawn["mask"].astype(np.uint8)), 2)
     masked.transform = v2.Compose([v2.RandomResizedCrop(32, (0.3, 1), interpolation=v2.InterpolationMode.BICUBIC),
@@ -386,7 +397,7 @@ def test_picture_and_mask_are_cropped_alike():
 # ------------------------------------------------------------------------------------------ checkpoints
 def load(state, tmp_path, **changes):
     torch.save(state, tmp_path / "weights.pth")
-    return evaluate.load_encoder(evaluate.Config(checkpoint=str(tmp_path / "weights.pth"), **VIT | {"image_size": 0} | changes))
+    return evaluate.load_encoder(evaluate.Config(checkpoint=str(tmp_path / "weights.pth"), **VIT | {"image_size": None} | changes))
 
 
 def encoder_only(state):
@@ -407,7 +418,7 @@ def test_released_layouts(tmp_path, capsys):
         torch.testing.assert_close(model.encode(images), want)
         assert len(extra) == left and about["method"] == "mae" and about["config"]["image_size"] == 16
         assert set(model.state_dict()) == set(encoder)
-        assert f"missing none, left out {left}" in capsys.readouterr().out
+        assert f"missing from it 0 [], left out {left} [" in capsys.readouterr().out
     tuned = {n: v for n, v in classifier.items() if not n.startswith("norm.")} | {"fc_norm.weight": torch.ones(16), "fc_norm.bias": torch.ones(16)}
     model, extra, _ = load({"model": tuned}, tmp_path)
     assert isinstance(model.norm, torch.nn.Identity) and set(extra) == {"head.weight", "head.bias", "fc_norm.weight", "fc_norm.bias"}
@@ -417,27 +428,35 @@ def test_other_image_size_resizes_positions(tmp_path):
     state = encoder_only(official())
     model, _, about = load(state, tmp_path, image_size=24)
     assert model.grid == (6, 6) and about["config"]["image_size"] == 24
-    torch.testing.assert_close(model.pos_embed, mae.resize_positions(state["pos_embed"], (6, 6)))
+    torch.testing.assert_close(model.pos_embed, common.resize_positions(state["pos_embed"], (6, 6)))
     assert torch.equal(load(state, tmp_path)[0].pos_embed, state["pos_embed"])
 
 
 @pytest.mark.parametrize("change, words", [
     (lambda s: s.pop("blocks.1.norm1.bias"), "missing 1 [blocks.*.norm1.bias]"),
-    (lambda s: s.update({"dist_token": torch.zeros(1), "pos_embed": torch.zeros(1, 18, 16)}), "unexpected 1 [dist_token]"),
+    (lambda s: s.update({"dist_token": torch.zeros(1)}), "unexpected 1 [dist_token]"),
+    (lambda s: s.update({"dist_token": torch.zeros(1), "pos_embed": torch.zeros(1, 18, 16)}),
+     "pos_embed has 17 rows for patches"),
     (lambda s: s.update({"cls_token": torch.zeros(1, 1, 8)}), "of another size 1 [cls_token]"),
-    (lambda s: s.update({"pos_embed": torch.zeros(1, 16, 16)}), "of another size 1 [pos_embed]"),
+    (lambda s: s.update({"pos_embed": torch.zeros(1, 16, 16)}), "pos_embed has no row for the class token"),
+    (lambda s: s.update({"pos_embed": torch.zeros(1, 17, 8)}), "of another size 1 [pos_embed]"),
+    (lambda s: s["blocks.0.mlp.fc1.bias"].fill_(torch.nan),
+     "not all of blocks.0.mlp.fc1.bias is finite"),
+    (lambda s: s.update({"pos_embed": torch.zeros(3)}), "no Vision Transformer"),
+    (lambda s: s.update({"patch_embed.proj.weight": torch.tensor(0.0)}), "no Vision Transformer"),
     (lambda s: s.pop("norm.weight"), "missing 1 [norm.weight]"),
     (lambda s: s.update({3: torch.zeros(1)}), "holds no weights"),
     (lambda s: [s.pop(n) for n in list(s) if n != "cls_token"], "no Vision Transformer"),
     (lambda s: s.update({"epoch": 3}), "holds no weights")])
-def test_a_file_that_does_not_fit_is_one_line(tmp_path, change, words):
+def test_a_file_that_does_not_fit_is_one_line(tmp_path, monkeypatch, change, words):
     state = encoder_only(official())
     change(state)
     with pytest.raises(common.UserError) as error:
         load(state, tmp_path)
     assert words in str(error.value) and "\n" not in str(error.value)
+    monkeypatch.setitem(mae.SIZES, "micro", (16, 3, 2))
     with pytest.raises(common.UserError, match="another size|missing"):
-        load(encoder_only(official()), tmp_path, depth=3)
+        load(encoder_only(official()), tmp_path)
 
 
 def test_a_checkpoint_of_ours(photos):                   # noqa: F811
@@ -449,18 +468,75 @@ def test_a_checkpoint_of_ours(photos):                   # noqa: F811
     images = torch.randn(2, 3, 16, 16)
     assert torch.equal(model.encode(images), want.encode(images)) and about["config"]["embed_dim"] == 16
     assert all(n.startswith("decoder") or n == "mask_token" for n in extra)
-    alone, _, _ = evaluate.load_encoder(evaluate.Config(checkpoint="run/encoder.pt", **VIT | {"image_size": 0, "depth": 1}))
+    alone, _, _ = evaluate.load_encoder(evaluate.Config(checkpoint="run/encoder.pt", **VIT | {"image_size": None}))
     assert torch.equal(alone.encode(images), model.encode(images))
     with pytest.raises(common.UserError, match="no script other.py"):
         evaluate.load_encoder(evaluate.Config(checkpoint="run/checkpoint.pt", method="other"))
 
 
+def test_an_edited_row_of_sizes_does_not_change_an_old_run(photos, monkeypatch):    # noqa: F811
+    mae.train(tiny(output="run", max_steps=1))
+    monkeypatch.setitem(mae.SIZES, "micro", (32, 1, 4))
+    model, _, about = evaluate.load_encoder(evaluate.Config(checkpoint="run/checkpoint.pt"))
+    assert [about["config"][name] for name in ("embed_dim", "depth", "num_heads")] == [16, 2, 2]
+    assert len(model.blocks) == 2 and model.blocks[0].attn.num_heads == 2
+    with pytest.raises(common.UserError, match="does not fit: missing 0 .* of another size"):
+        evaluate.load_encoder(evaluate.Config(checkpoint="run/checkpoint.pt", model="micro"))
+
+
+def test_the_old_runs_device_and_the_like_do_not_matter(photos):    # noqa: F811
+    mae.train(tiny(output="run", max_steps=1))
+    want = evaluated("finetune", **FROM_CHECKPOINT, checkpoint="run/checkpoint.pt")
+    state = torch.load("run/checkpoint.pt", weights_only=True)
+    state["config"] |= dict(device="cuda", compile=True, precision="bf16", workers=1000,
+                            resume=False, data="gone", data_root="gone", init="gone.pt",
+                            output="gone", preset="gone")
+    Path("other").mkdir()
+    torch.save(state, "other/checkpoint.pt")
+    changes = FROM_CHECKPOINT | dict(checkpoint="other/checkpoint.pt", output="tuned")
+    result = evaluated("finetune", **changes)
+    changes = FROM_CHECKPOINT | dict(checkpoint="tuned/finetuned.pt", output="again")
+    again = evaluated("finetune", eval=True, **changes)
+    assert want["top1"] == result["top1"] == again["top1"] and not Path("gone").exists()
+    tuned, other = (torch.load(f"{run}/finetuned.pt", weights_only=True)["model"]
+                    for run in ("eval-finetune", "tuned"))
+    assert all(torch.equal(tuned[name], other[name]) for name in tuned)
+
+
+def test_settings_become_a_config_again():
+    cfg = tiny(mask_ratio=0.5, seed=7)
+    settings = dict(vars(cfg))
+    assert evaluate.config_from(mae.Config, settings) == cfg and settings == vars(cfg)
+    same = evaluate.config_from(mae.Config, settings | {"embed_dim": 32, "depth": 1})
+    assert vars(same) == settings | {"embed_dim": 32, "depth": 1}
+    larger = evaluate.config_from(mae.Config, settings, model="tiny", image_size=32)
+    assert (larger.embed_dim, larger.depth, larger.num_heads) == (192, 12, 3)
+    assert (larger.image_size, larger.seed) == (32, 7)
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(log_every=50, knn_pictures=10_000, mlp_ratio=4.0),
+     "version of this code: it has the settings knn_pictures, log_every, mlp_ratio"),
+    (dict(depth=None), "KeyError: 'depth'"), (dict(model="giant"), "KeyError: 'giant'"),
+    (dict(epochs="ten"), "TypeError"), (dict(image_size=15), "does not divide"),
+    (dict(num_heads=3), "num_heads 3 does not divide embed_dim 16"),
+    (dict(embed_dim=-4), "embed_dim is -4")])
+def test_settings_of_another_version_are_one_line(change, words):
+    settings = vars(tiny()) | change
+    if change == {"depth": None}:
+        del settings["depth"]
+    with pytest.raises(common.UserError, match=words) as error:
+        evaluate.config_from(mae.Config, settings)
+    assert "\n" not in str(error.value)
+
+
 # -------------------------------------------------------------------------------------------------- runs
-FAST = dict(epochs=1, batch_size=10, log_every=1, base_lr=0.01, seed=0)
+FAST = dict(epochs=1, batch_size=10, base_lr=0.01, seed=0)
 
 
 def evaluated(protocol, **changes):
-    return evaluate.evaluate(evaluate.Config(protocol, **dict(data="photos", output=f"eval-{protocol}") | VIT | FAST | changes))
+    settings = dict(data="photos", output=f"eval-{protocol}") | VIT | FAST | changes
+    return evaluate.evaluate(evaluate.Config(protocol=protocol, **settings))
 
 
 @pytest.mark.parametrize("protocol, figure", [("knn", "top1"), ("retrieval", "map"), ("linear", "top1"), ("attentive", "top1"),
@@ -516,12 +592,11 @@ def test_a_batch_without_a_counted_pixel(in_tmp):
 
 
 def test_another_encoder_at_the_same_path_is_refused(photos):    # noqa: F811
-    sizes = {name: type(value)() for name, value in VIT.items()}
     for seed, refused in ((0, False), (1, True)):
         mae.train(tiny(output="run", max_steps=1, seed=seed, resume=False))
         for protocol in ("linear", "attentive"):
             try:
-                evaluated(protocol, checkpoint="run/checkpoint.pt", **sizes)
+                evaluated(protocol, checkpoint="run/checkpoint.pt", **FROM_CHECKPOINT)
             except common.UserError as error:
                 assert refused and "encoder" in str(error)
             else:
@@ -566,16 +641,15 @@ def test_scores_come_as_often_as_asked_and_at_the_end(photos):     # noqa: F811
 def test_fine_tuned_checkpoint_is_scored_again(photos):  # noqa: F811
     result = evaluated("finetune", epochs=2, ema=0.5)
     assert set(torch.load("eval-finetune/finetuned.pt", weights_only=True)["model"]) >= {"fc_norm.weight", "head.bias"}
-    sizes = {name: type(value)() for name, value in VIT.items()}                  # the checkpoint says
-    again = evaluated("finetune", checkpoint="eval-finetune/finetuned.pt", eval=True, output="again", **sizes)
-    average = evaluated("finetune", checkpoint="eval-finetune/finetuned-ema.pt", eval=True, output="again", **sizes)
+    again = evaluated("finetune", checkpoint="eval-finetune/finetuned.pt", eval=True, output="again", **FROM_CHECKPOINT)
+    average = evaluated("finetune", checkpoint="eval-finetune/finetuned-ema.pt", eval=True, output="again", **FROM_CHECKPOINT)
     assert again["top1"] == result["top1"] and average["top1"] == result["ema_top1"]
-    assert evaluated("knn", checkpoint="eval-finetune/finetuned.pt", **sizes)["top1"] >= 0
+    assert evaluated("knn", checkpoint="eval-finetune/finetuned.pt", **FROM_CHECKPOINT)["top1"] >= 0
     weights = torch.load("eval-finetune/finetuned.pt", weights_only=True)["model"]
     torch.save({"model": weights}, "released.pth")       # as the official fine-tuned file
-    assert evaluated("finetune", checkpoint="released.pth", eval=True, output="again", **VIT | {"image_size": 0})["top1"] == result["top1"]
+    assert evaluated("finetune", checkpoint="released.pth", eval=True, output="again", **VIT | {"image_size": None})["top1"] == result["top1"]
     with pytest.raises(common.UserError, match="finetuned.pt beside it"):
-        evaluated("knn", checkpoint="eval-finetune/checkpoint.pt", **sizes)
+        evaluated("knn", checkpoint="eval-finetune/checkpoint.pt", **FROM_CHECKPOINT)
     with pytest.raises(common.UserError, match="no classifier of 2 classes"):
         evaluated("finetune", eval=True, output="again")
 
@@ -583,14 +657,15 @@ def test_fine_tuned_checkpoint_is_scored_again(photos):  # noqa: F811
 SCORES = """
 import json, sys, torch
 sys.path.insert(0, {root!r}), sys.path.insert(0, {root!r} + "/tests")
-import common, evaluate
+import common, evaluate, mae
 from test_evaluate import VIT, FAST, vit
-sizes = {{name: type(value)() for name, value in VIT.items()}}
-run = lambda p, **changes: evaluate.evaluate(evaluate.Config(p, **dict(data="photos", output=p + sys.argv[1]) | FAST | VIT | changes))
+mae.SIZES["micro"] = (16, 2, 2)
+common.LOG_EVERY = 1
+run = lambda p, **changes: evaluate.evaluate(evaluate.Config(protocol=p, **dict(data="photos", output=p + sys.argv[1]) | FAST | VIT | changes))
 results = [run("knn"), run("retrieval"), run("linear", accumulate=5)]
 run("finetune", epochs=2), run("linear", cached=False, output="bn" + sys.argv[1])
-results.append(evaluate.evaluate(evaluate.Config("finetune", "tuned/finetuned.pt", data="photos", output="out", eval=True)))
-cfg = evaluate.Config("segment", image_size=16, data="masks")
+results.append(evaluate.evaluate(evaluate.Config(protocol="finetune", checkpoint="tuned/finetuned.pt", data="photos", output="out", eval=True)))
+cfg = evaluate.Config(protocol="segment", image_size=16, data="masks")
 torch.manual_seed(0)
 model, (_, test, _) = evaluate.Segmenter(vit(), 3), evaluate.open_masked(cfg)
 results.append(evaluate.segmentation(cfg, model, test, 3, torch.device("cpu")).tolist())
@@ -620,10 +695,14 @@ def test_two_processes_score_what_one_does(photos):      # noqa: F811
 @pytest.mark.parametrize("argv, words", [
     (["knnn"], "no protocol knnn; there are knn, retrieval"), (["linear", "--checkpont=x"], "did you mean --checkpoint?"),
     (["knn", "--checkpoint=nothing.pt"], "no file nothing.pt"), (["knn", "--checkpoint=text.pt"], "no file of weights"),
-    (["knn", "--data=flat"], "no labelled pictures"), (["segment", "--data=flat"], "no images/ and masks/"),
+    (["knn", "--data=flat"], "no labelled images"), (["segment", "--data=flat"], "no images/ and masks/"),
     (["knn", "--method=nothing"], "no script nothing.py"), (["linear", "--percent=-1"], "percent is -1.0"), (["linear", "--shots=2", "--percent=9"], "exclude"),
-    (["segment", "--shots=2"], "segment has none"), (["finetune", "--drop-path=1.5"], "from 0 to 1"), (["knn", "--depth=-1"], "depth is -1"),
+    (["segment", "--shots=2"], "segment has none"), (["finetune", "--drop-path=1.5"], "from 0 to 0.99"), (["knn", "--image-size=0"], "image_size is 0"),
+    (["knn", "--depth=4"], "unknown argument --depth"),
+    (["knn", "--patch-size=5"], "patch_size 5 does not divide image_size 32"),
     (["segment", "--stride=99"], "gaps"), (["knn", "--protocol=linear"], "first word"), (["knn", "--method=common"], "no script"),
+    (["knn", "--method=data"], "no script"),
+    (["linear", "--epochs=5", "--warmup-epochs=5"], "less than epochs"),
     (["finetune", "--randaugment=11"], "from 0 to 10"), (["finetune", "--eval"], "no classifier of 8 classes"),
     (["linear", "--output=/proc/x"], "/proc/x")])
 def test_a_users_mistake_is_one_line(in_tmp, capfd, argv, words):

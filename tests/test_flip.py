@@ -1,6 +1,7 @@
 """flip.py against published figures, closed forms and its own invariants; its inputs; and whole runs."""
 
 import gzip
+import hashlib
 import io
 import itertools
 import json
@@ -25,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 import common
+import data
 import evaluate
 import flip
 from conftest import ROOT, draw, golden
@@ -34,6 +36,11 @@ from test_train import close, photos, same, weights     # noqa: F401, photos is 
 FIGURES = golden("clip")
 SIZE = dict(image_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, text_width=12, text_depth=2, text_heads=2,
             proj_dim=8, vocab_size=259, text_length=10)  # 16 patches
+
+
+@pytest.fixture(autouse=True)
+def every_step_is_logged(monkeypatch):
+    monkeypatch.setattr(common, "LOG_EVERY", 1)
 
 
 def small(seed=0, **changes):
@@ -64,7 +71,7 @@ def clip():
     state["logit_scale"] = torch.tensor(2.5)
     model = FLIP(c["image_size"], c["patch_size"], c["vision_width"], c["vision_layers"], c["vision_heads"], c["text_width"],
                  c["text_layers"], c["text_heads"], c["embed_dim"], c["vocab_size"], c["context_length"], mask_ratio=0, towers="clip")
-    flip.load_weights(model, flip.from_clip(state), "golden")
+    common.load_weights(model, "golden", weights=flip.from_clip(state))
     images = draw("clip/images", c["batch"], 3, c["image_size"], c["image_size"])
     scale, shift = flip.clip_scale(images.device)
     return model, (images - shift) / scale, torch.tensor(FIGURES["tokens"]), state
@@ -93,11 +100,11 @@ def test_clips_names_both_ways(clip, tmp_path):
         image = model.encode_image(images)
     torch.save({"state_dict": {f"module.{n}": v.half() if n == "visual.proj" else v for n, v in flip.to_clip(model).items()}
                 | {"input_resolution": torch.tensor(32)}}, tmp_path / "clip.pt")
-    read, told = flip.read_weights(str(tmp_path / "clip.pt"), False)
+    read, told = flip.read_weights(str(tmp_path / "clip.pt"))
     config = Config(towers="clip", text_length=12, vocab_size=300, **{k: v for k, v in told.items() if k not in ("text_length", "vocab_size")})
     config = replace(config, **told)
     other = flip.build(config)
-    flip.load_weights(other, read, "clip.pt")
+    common.load_weights(other, "clip.pt", optional=flip.DECODER, weights=read)
     torch.testing.assert_close(other.encode_image(images), image, atol=1e-3, rtol=0)     # the projection was halved
     torch.testing.assert_close(other.encode(images), model.encode(images))
     assert torch.equal(other.encode_text(ids), model.encode_text(ids))
@@ -120,7 +127,7 @@ def test_size_of_clip_and_of_the_papers_models():
 
 @pytest.mark.parametrize("size, patch, half, quarter", [("large", 16, 0.5175, 0.2817), ("base", 16, 0.528, 0.300), ("huge", 14, 0.522, 0.289)])
 def test_share_of_the_multiplications(size, patch, half, quarter):
-    """The paper's figures count the projection of all patches; ours leaves the hidden ones out there, too."""
+    """The paper's figures count the projection of all patches; ours leaves the masked ones out there, too."""
     cfg = Config(model=size, image_size=224, patch_size=patch, text_length=32, vocab_size=30523)
     whole = multiplications(cfg, 0)
     for ratio, share in ((0.5, half), (0.75, quarter)):
@@ -129,7 +136,7 @@ def test_share_of_the_multiplications(size, patch, half, quarter):
 
 
 @pytest.mark.parametrize("ratio", [0, 0.5, 0.75])
-def test_hidden_patches_enter_no_matrix_product(ratio):
+def test_masked_patches_enter_no_matrix_product(ratio):
     cfg = Config(**SIZE, mask_ratio=ratio)
     with torch.device("meta"):
         model, (images, ids, noise) = FLIP(**SIZE, mask_ratio=ratio).to("meta"), (torch.randn(3, 3, 16, 16), torch.zeros(3, 10, dtype=torch.int64), torch.rand(3, 26))
@@ -216,31 +223,31 @@ def test_fp32_features_and_loss_under_bf16():
 
 
 # ---------------------------------------------------------------------------------------- masks and towers
-def test_kept_patches_and_nothing_else(monkeypatch):
+def test_visible_patches_and_nothing_else(monkeypatch):
     model, (images, ids, noise) = small(mask_ratio=0.75), batch()
     seen = []
     model.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     images.requires_grad_()
     loss, image, _ = model(images, ids, noise)
     embedded = model.patch_embed(model.patches(images)) + model.pos_embed[:, 1:]
-    kept = noise[:, :16].argsort(dim=1)[:, :4]
-    torch.testing.assert_close(seen[0][:, 1:], flip.take(embedded, kept))
-    assert seen[0].shape[1] == 5 and len({tuple(sorted(k)) for k in kept.tolist()}) > 1
+    visible = noise[:, :16].argsort(dim=1)[:, :4]
+    torch.testing.assert_close(seen[0][:, 1:], flip.gather_tokens(embedded, visible))
+    assert seen[0].shape[1] == 5 and len({tuple(sorted(k)) for k in visible.tolist()}) > 1
     loss.backward()
     per_patch = flip.patchify(images.grad, 4).abs().sum(dim=-1)                 # (B, N)
-    hidden = torch.ones(4, 16, dtype=torch.bool).scatter_(1, kept, False)
-    assert (per_patch[hidden] == 0).all() and (per_patch[~hidden] > 0).all()
+    masked = torch.ones(4, 16, dtype=torch.bool).scatter_(1, visible, False)
+    assert (per_patch[masked] == 0).all() and (per_patch[~masked] > 0).all()
     model.encode_image(images)
     assert seen[-1].shape[1] == 17                       # scoring sees everything
     model.mask_ratio = 0
     assert torch.equal(model(images, ids, noise)[1], model.encode_image(images))
 
 
-def test_order_of_the_kept_does_not_matter():
+def test_order_of_the_visible_does_not_matter():
     model, (images, *_) = small(), batch()
-    patches, kept = model.patches(images), torch.arange(8).expand(4, -1)
-    shuffled = kept[:, torch.randperm(8)]
-    torch.testing.assert_close(model.pooled(model.tokens(patches, kept)), model.pooled(model.tokens(patches, shuffled)), atol=1e-6, rtol=0)
+    patches, visible = model.patches(images), torch.arange(8).expand(4, -1)
+    shuffled = visible[:, torch.randperm(8)]
+    torch.testing.assert_close(model.pooled(model.forward_features(patches, visible)), model.pooled(model.forward_features(patches, shuffled)), atol=1e-6, rtol=0)
 
 
 @torch.no_grad()
@@ -260,9 +267,9 @@ def test_text_masking():
     ids, noise = batch()[1], torch.rand(4, 10, generator=torch.Generator().manual_seed(1))
     ids[0, 3:] = ids[1, 4:] = 0
     for kind in ("padding", "random"):
-        kept = flip.text_masking(noise, ids, 0.5, kind)
-        assert kept.shape == (4, 5) and (kept[:, 0] == 0).all() and (kept.diff(dim=1) > 0).all()
-    words, padding = (ids != 0).sum(dim=1), (flip.take(ids.unsqueeze(-1), flip.text_masking(noise, ids, 0.5, "padding")) == 0).sum(dim=(1, 2))
+        visible = flip.text_masking(noise, ids, 0.5, kind)
+        assert visible.shape == (4, 5) and (visible[:, 0] == 0).all() and (visible.diff(dim=1) > 0).all()
+    words, padding = (ids != 0).sum(dim=1), (flip.gather_tokens(ids.unsqueeze(-1), flip.text_masking(noise, ids, 0.5, "padding")) == 0).sum(dim=(1, 2))
     assert torch.equal(padding, (5 - words).clamp(min=0)) and words.min() < 5 < words.max()
     model, (images, ids, more) = small(text_mask_ratio=0.5), batch()
     seen = []
@@ -279,7 +286,7 @@ def test_reconstruction_is_maes_loss():
     assert extra.item() == pytest.approx(2 * maes.item(), rel=1e-4) and maes > 0.5
     loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.named_parameters() if n.startswith(("decoder_", "mask")) and p.requires_grad)
-    plain = {n for n in model.state_dict() if not n.startswith(model.thrown_away)}
+    plain = {n for n in model.state_dict() if not n.startswith(model.pretrain_only)}
     assert {n.split(".")[0] for n in plain} == {"cls_token", "pos_embed", "patch_embed", "blocks", "norm"}
 
 
@@ -354,12 +361,12 @@ def test_vocabularies_that_cannot_be_read(in_tmp, name, content):
         Config(vocab=name)
 
 
-# -------------------------------------------------------------------------------------------- pictures with text
+# -------------------------------------------------------------------------------------------- images with text
 def jpeg(i):
-    """Picture i of the drawn shapes as the bytes of a file, and its caption."""
-    drawn = common.shapes("train", np.array([i]))
+    """Image i of the synthetic shapes as the bytes of a file, and its caption."""
+    drawn = data.synthetic_shapes("train", np.array([i]))
     file = io.BytesIO()
-    Image.fromarray(drawn["picture"][0].transpose(1, 2, 0)).save(file, "JPEG")
+    Image.fromarray(drawn["image"][0].transpose(1, 2, 0)).save(file, "JPEG")
     return file.getvalue(), str(drawn["caption"][0])
 
 
@@ -383,7 +390,7 @@ def shards(in_tmp):
 
 
 TINY = dict(image_size=16, embed_dim=16, depth=1, num_heads=2, text_width=16, text_depth=1, text_heads=2, proj_dim=8,
-            text_length=12, log_every=1, batch_size=10, epochs=2)
+            text_length=12, batch_size=10, epochs=2)
 
 
 def tiny(**changes):
@@ -400,9 +407,9 @@ def epochs_of(cfg, world=1, workers=1, first=0, last=6):
     found = []
     for rank in range(world):
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
-        data = Shards(flip.expand("shards"), replace(cfg, workers=workers), Tokenizer(cfg))
-        data.transform = common.augment(16, 1.0)
-        found.append([numbers(ids) for _, ids in data.batches(replace(cfg, workers=0), first, last)])
+        dataset = Shards(flip.expand("shards"), replace(cfg, workers=workers), Tokenizer(cfg))
+        dataset.transform = data.augment(16, 1.0)
+        found.append([numbers(ids) for _, ids in dataset.batches(replace(cfg, workers=0), first, last)])
     return found
 
 
@@ -431,19 +438,19 @@ def test_every_pair_once_an_epoch(shards, alone):
 
 def test_loader_processes_share_the_shards_and_a_run_goes_on(shards):
     cfg = tiny(data="shards", workers=2, shuffle=4)
-    data = Shards(flip.expand("shards/{000..005}.tar"), cfg, Tokenizer(cfg))
-    data.transform = common.augment(16, 0.5)
-    whole = [(pictures, numbers(ids)) for pictures, ids in data.batches(cfg, 0, 13)]
-    assert data.pairs == 60 and sorted(n for _, batch in whole[:6] for n in batch) == list(range(60))
+    dataset = Shards(flip.expand("shards/{000..005}.tar"), cfg, Tokenizer(cfg))
+    dataset.transform = data.augment(16, 0.5)
+    whole = [(images, numbers(ids)) for images, ids in dataset.batches(cfg, 0, 13)]
+    assert dataset.pairs == 60 and sorted(n for _, batch in whole[:6] for n in batch) == list(range(60))
     for first in (1, 6, 9):                              # in the middle of shards, at an epoch's end, later
-        rest = [(pictures, numbers(ids)) for pictures, ids in data.batches(cfg, first, 13)]
+        rest = [(images, numbers(ids)) for images, ids in dataset.batches(cfg, first, 13)]
         assert [n for _, n in rest] == [n for _, n in whole[first:]]
         assert all(torch.equal(a, b) for (a, _), (b, _) in zip(rest, whole[first:]))
 
 
 def test_broken_shards(in_tmp, capfd):
     good, caption = jpeg(0)
-    write_tar("a.tar", [("x/1.jpg", good), ("x/1.txt", "one\ntwo\n"), ("2.jpg", good), ("3.txt", "no picture"), ("4.jpg", b"no picture"),
+    write_tar("a.tar", [("x/1.jpg", good), ("x/1.txt", "one\ntwo\n"), ("2.jpg", good), ("3.txt", "no image"), ("4.jpg", b"no image"),
                         ("4.txt", "four"), ("5.jpg", good), ("5.txt", b"\xff\xfe"), ("6.png", good), ("6.json", '{"caption": "six", "url": 1}'),
                         ("7.jpg", good), ("7.txt", "  "), ("8.jpg", good), ("8.json", "no json"), ("9.json", '{"caption": ["a", "", 3]}'), ("9.webp", good),
                         ("a.jpg", good), ("a.json", '{"caption": NaN}'), ("b.jpg", good), ("b.json", '{"caption": "half \\ud83d"}')])
@@ -451,20 +458,20 @@ def test_broken_shards(in_tmp, capfd):
     write_tar("b.tar.gz", [(f"{i}.{e}", d) for i in range(40) for e, d in (("jpg", jpeg(i)[0]), ("txt", "ok"))])
     Path("b.tar.gz").write_bytes(Path("b.tar.gz").read_bytes()[:9000])
     Path("c.tar").write_bytes(b"no tar" * 200)
-    data = Shards(["a.tar", "b.tar.gz", "c.tar"], tiny(data="a.tar", epoch_pairs=10), None)
-    pairs = {name: captions for file in data.files for name, _, captions in data.read(file, 0)}
+    dataset = Shards(["a.tar", "b.tar.gz", "c.tar"], tiny(data="a.tar", epoch_pairs=10), None)
+    pairs = {name: captions for file in dataset.files for name, _, captions in dataset.read(file, 0)}
     assert {n: c for n, c in pairs.items() if n.startswith("a.tar")} == {
         "a.tar: x/1": ["one", "two"], "a.tar: /4": ["four"], "a.tar: /6": ["six"], "a.tar: /9": ["a"]}
     assert 5 < sum(name.startswith("b.tar") for name in pairs) < 40
-    counts = dict(zip(data.KINDS, data.troubles[0].tolist()))
-    assert counts["damaged shards"] == 2 and counts["pictures without caption"] == 3 and counts["captions without picture"] == 1
+    counts = dict(zip(dataset.KINDS, dataset.troubles[0].tolist()))
+    assert counts["damaged shards"] == 2 and counts["images without caption"] == 3 and counts["captions without image"] == 1
     assert counts["unreadable texts"] == 3 and "damaged shards" in capfd.readouterr().err
     Path("a.tar").write_bytes(whole)
-    data = Shards(["a.tar"], tiny(data="a.tar", epoch_pairs=10), tokenizer())
-    data.transform = common.augment(16, 1.0)
-    (pictures, ids), = data.batches(data.cfg, 0, 1)
-    assert pictures.shape == (10, 3, 16, 16) and data.broken.sum() > 1          # the four came again and again
-    assert flip.count_pairs(["a.tar"]) == 9              # by the headers alone: these have a picture and a text
+    dataset = Shards(["a.tar"], tiny(data="a.tar", epoch_pairs=10), tokenizer())
+    dataset.transform = data.augment(16, 1.0)
+    (images, ids), = dataset.batches(dataset.cfg, 0, 1)
+    assert images.shape == (10, 3, 16, 16) and dataset.counts("cpu")[0] > 1       # the four came again and again
+    assert flip.count_pairs(["a.tar"]) == 9              # by the headers alone: these have an image and a text
 
 
 def test_names_of_shards(shards):
@@ -479,64 +486,64 @@ def test_names_of_shards(shards):
 
 
 @pytest.fixture
-def pictures(in_tmp):
-    """pictures/0.jpg to 29.jpg and their captions."""
-    Path("pictures").mkdir()
+def images(in_tmp):
+    """images/0.jpg to 29.jpg and their captions."""
+    Path("images").mkdir()
     captions = []
     for i in range(30):
         data, caption = jpeg(i)
-        Path(f"pictures/{i}.jpg").write_bytes(data)
+        Path(f"images/{i}.jpg").write_bytes(data)
         captions.append(caption)
     return captions
 
 
-def test_tables(pictures, capfd):
-    rows = [(f"pictures/{i}.jpg", c) for i, c in enumerate(pictures)]
+def test_tables(images, capfd):
+    rows = [(f"images/{i}.jpg", c) for i, c in enumerate(images)]
     Path("a.csv").write_text("\ufeffid,Image,caption\n" + "".join(f'{i},{p},"{c}, it is"\n' for i, (p, c) in enumerate(rows)), encoding="utf-8")
-    Path("b.tsv").write_bytes(("filepath\ttitle\n" + "".join(f"{p}\t{c}\n" for p, c in rows)).encode() + b"pictures/0.jpg\tanother one\n"
-                              b"pictures/x.jpg\t\n\tlost\npictures/1.jpg\t\xff\n")
+    Path("b.tsv").write_bytes(("filepath\ttitle\n" + "".join(f"{p}\t{c}\n" for p, c in rows)).encode() + b"images/0.jpg\tanother one\n"
+                              b"images/x.jpg\t\n\tlost\nimages/1.jpg\t\xff\n")
     train, test = flip.listed("a.csv", "")
-    assert train[3] == ("pictures/3.jpg", [pictures[3] + ", it is"]) and len(train) == 30 and test == []
+    assert train[3] == ("images/3.jpg", [images[3] + ", it is"]) and len(train) == 30 and test == []
     train, _ = flip.listed("b.tsv", "")
-    assert train[0] == ("pictures/0.jpg", [pictures[0], "another one"]) and len(train) == 30
+    assert train[0] == ("images/0.jpg", [images[0], "another one"]) and len(train) == 30
     said = capfd.readouterr().out.splitlines()[-1]
-    assert "1 pictures without caption, 1 captions without picture, 1 unreadable texts" in said
+    assert "1 images without caption, 1 captions without image, 1 unreadable texts" in said
     source = flip.open_source(tiny(data="a.csv"), tokenizer())
-    assert len(source.data.pretrain) == 27 and len(source.retrieval) == 3       # every tenth is kept
-    picture, ids, index = source.data.pretrain[0, 5]
-    assert picture.shape == (3, 32, 32) and index == 5
-    captions = {tuple(Pairs[e, 0][1].tolist()) for Pairs in [flip.open_source(tiny(data="b.tsv"), tokenizer()).data.pretrain] for e in range(20)}
+    assert len(source.splits.pretrain) == 27 and len(source.retrieval) == 3       # every tenth is kept
+    image, ids, index = source.splits.pretrain[0, 5]
+    assert image.shape == (3, 32, 32) and index == 5
+    captions = {tuple(Pairs[e, 0][1].tolist()) for Pairs in [flip.open_source(tiny(data="b.tsv"), tokenizer()).splits.pretrain] for e in range(20)}
     assert len(captions) == 2                            # now the one, now the other
     whole = flip.open_source(tiny(data="a.csv", zero_shot="x"), tokenizer())
-    assert len(whole.retrieval) == 30 and whole.data.pretrain is None
+    assert len(whole.retrieval) == 30 and whole.splits.pretrain is None
 
 
-def test_json_of_coco_and_karpathy_and_texts_beside_pictures(pictures):
+def test_json_of_coco_and_karpathy_and_texts_beside_images(images):
     Path("coco.json").write_text(json.dumps({
         "images": [{"id": 7, "file_name": "0.jpg"}, {"id": 8, "file_name": "1.jpg"}, {"id": 9, "file_name": "2.jpg"}],
         "annotations": [{"image_id": 7, "caption": "a"}, {"image_id": 8, "caption": "b"}, {"image_id": 7, "caption": "c"}, {"image_id": 1, "caption": "d"}]}))
-    assert flip.listed("coco.json", "pictures") == ([("pictures/0.jpg", ["a", "c"]), ("pictures/1.jpg", ["b"])], [])
-    Path("elsewhere").mkdir(), Path("pictures/2.jpg").rename("elsewhere/2.jpg")
+    assert flip.listed("coco.json", "images") == ([("images/0.jpg", ["a", "c"]), ("images/1.jpg", ["b"])], [])
+    Path("elsewhere").mkdir(), Path("images/2.jpg").rename("elsewhere/2.jpg")
     Path("val.json").write_text(json.dumps({"images": [{"id": 1, "file_name": "2.jpg"}], "annotations": [{"image_id": 1, "caption": "e"}]}))
-    source = flip.open_source(tiny(data="coco.json", image_root="pictures", test_data="val.json", test_root="elsewhere"), tokenizer())
-    assert len(source.data.pretrain) == 2 and source.retrieval.texts(0) == ["e"]          # as COCO's two folders are
-    Path("elsewhere/2.jpg").rename("pictures/2.jpg")
+    source = flip.open_source(tiny(data="coco.json", image_root="images", test_data="val.json", test_root="elsewhere"), tokenizer())
+    assert len(source.splits.pretrain) == 2 and source.retrieval.texts(0) == ["e"]          # as COCO's two folders are
+    Path("elsewhere/2.jpg").rename("images/2.jpg")
     Path("k.json").write_text(json.dumps({"images": [
-        {"filepath": "pictures", "filename": f"{i}.jpg", "split": split, "sentences": [{"raw": "x"}, {"raw": "y"}]}
+        {"filepath": "images", "filename": f"{i}.jpg", "split": split, "sentences": [{"raw": "x"}, {"raw": "y"}]}
         for i, split in enumerate(("train", "val", "restval", "test"))]}))
     train, test = flip.listed("k.json", "")
-    assert [p for p, _ in train] == ["pictures/0.jpg", "pictures/2.jpg"] and test == [("pictures/3.jpg", ["x", "y"])]
+    assert [p for p, _ in train] == ["images/0.jpg", "images/2.jpg"] and test == [("images/3.jpg", ["x", "y"])]
     Path("test.json").write_text(Path("k.json").read_text().replace('"train"', '"val"').replace("restval", "val"))
     assert flip.listed("test.json", "")[0] == [] and len(flip.open_source(tiny(data="test.json", zero_shot="x"), tokenizer()).retrieval) == 1
-    Path("pictures/0.txt").write_text("one"), Path("pictures/1.json").write_text('{"caption": "two"}'), Path("pictures/y.txt").write_text("three")
-    assert flip.is_listed("pictures") and flip.listed("pictures", "")[0] == [("pictures/0.jpg", ["one"]), ("pictures/1.jpg", ["two"])]
+    Path("images/0.txt").write_text("one"), Path("images/1.json").write_text('{"caption": "two"}'), Path("images/y.txt").write_text("three")
+    assert flip.is_listed("images") and flip.listed("images", "")[0] == [("images/0.jpg", ["one"]), ("images/1.jpg", ["two"])]
 
 
 def test_captions_of_classes(photos):
     Path("names.json").write_text('{"a": "small thing", "b": "big thing"}'), Path("t.txt").write_text("one {}\nsome {}\n")
     source = flip.open_source(tiny(data="photos", classnames="names.json", templates="t.txt"), tokenizer(text_length=30))
     assert source.prompts == [["one small thing", "some small thing"], ["one big thing", "some big thing"]]
-    train = source.data.pretrain
+    train = source.splits.pretrain
     for i in (0, 39):
         assert train.texts(i) == source.prompts[train.labels[i]]
     assert len(train) == 40 and len(source.labelled) == 10
@@ -553,13 +560,13 @@ def test_captions_of_classes(photos):
 def test_shapes_keep_pairs_out():
     source = flip.open_source(tiny(data="shapes"), tokenizer(text_length=40))
     assert source.held_out.sum() == 12 and len(source.prompts) == 64 and len(set(map(tuple, source.prompts))) == 64
-    words = {tuple(w for w in caption.split() if w in common.COLOURS or w in common.SHAPES) for i in range(len(source.data.pretrain))
-             for caption in source.data.pretrain.texts(i)}
+    words = {tuple(w for w in caption.split() if w in data.COLORS or w in data.SHAPES) for i in range(len(source.splits.pretrain))
+             for caption in source.splits.pretrain.texts(i)}
     pairs = {frozenset(pair) for pair in words}
-    colours, shapes = list(common.COLOURS), list(common.SHAPES)
-    assert len(pairs) == 52 and not pairs & {frozenset((colours[c], shapes[s])) for c, s in common.HELD_OUT}
+    colors, shapes = list(data.COLORS), list(data.SHAPES)
+    assert len(pairs) == 52 and not pairs & {frozenset((colors[c], shapes[s])) for c, s in data.HELD_OUT}
     assert len(source.retrieval) == 64 and all(len(source.retrieval.texts(i)) == 1 for i in range(64))
-    i = int(np.argmax(source.labelled.labels == 8 * colours.index("blue") + shapes.index("ring")))
+    i = int(np.argmax(source.labelled.labels == 8 * colors.index("blue") + shapes.index("ring")))
     assert "ring" in source.prompts[source.labelled.labels[i]][0] and "blue" in source.prompts[source.labelled.labels[i]][0]
 
 
@@ -595,7 +602,7 @@ def command(*argv, processes=0, **options):
 
 
 def test_short_run_learns(in_tmp):
-    """A part of `python flip.py`: colours first. Then a little more with whole pictures."""
+    """A part of `python flip.py`: colors first. Then a little more with whole images."""
     found = flip.main(["--epochs=1", "--batch-size=32", "--base-lr=0.008", "--warmup-epochs=0.3"])
     assert found["zero_shot_seen"] > 8 and found["image_to_text_5"] > 30 and found["knn_pixels"] > 25
     losses = [json.loads(line).get("epoch_loss") for line in open("runs/flip-shapes/metrics.jsonl")]
@@ -611,7 +618,7 @@ def test_short_run_learns(in_tmp):
 @pytest.mark.parametrize("towers", ["flip", "clip"])
 def test_evaluate_takes_the_image_tower(photos, towers):
     flip.train(tiny(data="photos", output="run", towers=towers, max_steps=1))
-    encoder, *_ = evaluate.load_encoder(evaluate.Config("knn", "run/checkpoint.pt"))
+    encoder, *_ = evaluate.load_encoder(evaluate.Config(protocol="knn", checkpoint="run/checkpoint.pt"))
     names = {"cls_token", "pos_embed", "patch_embed", "blocks", "norm"} | ({"norm_pre"} if towers == "clip" else set())
     assert {n.split(".")[0] for n in encoder.state_dict()} == names
     model, images = flip.build(tiny(towers=towers)), torch.randn(2, 3, 16, 16)
@@ -620,8 +627,8 @@ def test_evaluate_takes_the_image_tower(photos, towers):
 
 
 @pytest.mark.parametrize("changes", [{}, dict(data="shards", workers=2, shuffle=4, test_data="shards/000.tar")])
-def test_resumed_run_equals_an_undisturbed_one(pictures, shards, changes):
-    Path("a.csv").write_text("image,caption\n" + "".join(f"pictures/{i}.jpg,{c}\n" for i, c in enumerate(pictures)))
+def test_resumed_run_equals_an_undisturbed_one(images, shards, changes):
+    Path("a.csv").write_text("image,caption\n" + "".join(f"images/{i}.jpg,{c}\n" for i, c in enumerate(images)))
     changes = dict(data="a.csv") | changes
     whole = flip.train(tiny(output="whole", **changes))
     for steps in (1, 3, 0):
@@ -658,9 +665,9 @@ def test_options_run(photos):
     assert {n for n in state if n not in weights("tuned")} == {n for n in state if n.startswith(("decoder", "mask_token"))}
     wide = dict(embed_dim=64, num_heads=1, text_width=64, text_heads=1)
     flip.train(tiny(data="photos", output="clip", towers="clip", max_steps=1, **wide))
-    read, told = flip.read_weights("clip/clip.pt", False)
+    read, told = flip.read_weights("clip/clip.pt")
     assert same(read | {"patch_embed.proj.bias": torch.zeros(64)}, read) and told["text_length"] == 12
-    with pytest.raises(common.UserError, match="clip.pt is of|does not fit"):
+    with pytest.raises(common.UserError, match="clip/clip.pt has CLIP's towers: --towers clip"):
         flip.train(tiny(data="photos", init="clip/clip.pt", max_steps=1, **wide))
     with pytest.raises(common.UserError, match="run/checkpoint.pt is of --towers flip"):
         flip.train(tiny(data="photos", init="run/checkpoint.pt", towers="clip", max_steps=1))
@@ -671,11 +678,19 @@ def test_options_run(photos):
     flip.train(tiny(data="photos", output="narrow", towers="clip", max_steps=1))
     assert not Path("narrow/clip.pt").exists()           # its heads are not 64 wide
     flip.train(tiny(data="photos", output="huge", towers="clip", max_steps=1, **wide | dict(embed_dim=1280, num_heads=16)))
-    assert flip.read_weights("huge/clip.pt", False)[1]["num_heads"] == 16               # 80 wide, as in every CLIP of this width
+    assert flip.read_weights("huge/clip.pt")[1]["num_heads"] == 16               # 80 wide, as in every CLIP of this width
 
 
-def test_released_files(clip, in_tmp):
-    """As TorchScript, which is run only on demand, and as safetensors."""
+def check_released_file(path, model):
+    """Names, values and settings of a file that holds the golden CLIP in OpenAI's names."""
+    read, told = flip.read_weights(path)
+    own = model.state_dict()
+    assert read.keys() == own.keys() and all(torch.equal(read[n], own[n]) for n in own)
+    assert (told["embed_dim"], told["depth"], told["text_depth"], told["image_size"], told["text_length"]) == (128, 2, 2, 32, 12)
+
+
+def test_released_torchscript(clip, in_tmp, monkeypatch):
+    """TorchScript is run only if its SHA-256 is known."""
     model, images, ids, state = clip
     class Holder(torch.nn.Module):
         pass
@@ -689,25 +704,42 @@ def test_released_files(clip, in_tmp):
             at = getattr(at, part)
         at.register_buffer(last, value)
     torch.jit.save(torch.jit.script(holder), "clip.pt")
-    with pytest.raises(common.UserError, match="--trust"):
-        flip.read_weights("clip.pt", False)
+    with pytest.raises(common.UserError, match="clip.pt is TorchScript, a program; .* SHA-256"):
+        flip.read_weights("clip.pt")
+    digest = hashlib.sha256(Path("clip.pt").read_bytes()).hexdigest()
+    monkeypatch.setattr(flip, "CLIP_DIGESTS", (*flip.CLIP_DIGESTS, digest))
+    check_released_file("clip.pt", model)
+
+
+def write_safetensors(path, state):
+    """Eight bytes that say how long the JSON header is, the header, the numbers."""
     header, at = {}, 0
     for name, value in state.items():
         header[name] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [at, at := at + 4 * value.numel()]}
     header = json.dumps(header).encode()
-    Path("clip.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"".join(v.numpy().tobytes() for v in state.values()))
-    for path in ("clip.pt", "clip.safetensors"):
-        read, told = flip.read_weights(path, True)
-        own = model.state_dict()
-        assert read.keys() == own.keys() and all(torch.equal(read[n], own[n]) for n in own)
-        assert (told["embed_dim"], told["depth"], told["text_depth"], told["image_size"], told["text_length"]) == (128, 2, 2, 32, 12)
+    numbers = b"".join(v.numpy().tobytes() for v in state.values())
+    Path(path).write_bytes(len(header).to_bytes(8, "little") + header + numbers)
+
+
+def test_released_safetensors(clip, in_tmp):
+    pytest.importorskip("safetensors")
+    model, images, ids, state = clip
+    write_safetensors("clip.safetensors", state)
+    check_released_file("clip.safetensors", model)
+
+
+def test_safetensors_without_the_package_is_one_line(in_tmp, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)          # as if it were not installed
+    write_safetensors("clip.safetensors", {"a": torch.zeros(1)})
+    with pytest.raises(common.UserError, match="^clip.safetensors needs a package: pip install safetensors$"):
+        flip.read_weights("clip.safetensors")
 
 
 @pytest.mark.parametrize("argv, words", [
     (["--data=nowhere.csv"], "nowhere.csv"), (["--data=bad.csv"], "one of"), (["--data=empty.csv"], "no pair"), (["--data=bad.json"], "bad.json"),
     (["--data=none.tar"], "none.tar"), (["--data=lost.csv"], "--image-root"), (["--data=empty.tar"], "no pair"),
     (["--data=wordnet"], "--classnames"), (["--zero-shot=ids.pt", "--towers=clip"], "--vocab"), (["--data=flat"], "neither captions nor class folders"), (["--vocab=v.json"], "--vocab"),
-    (["--towers=clip", "--text-mask-ratio=0.5"], "towers of CLIP"), (["--mask-ratio=1"], "nothing to see"), (["--mask-ratio=-0.001"], "below 0"),
+    (["--towers=clip", "--text-mask-ratio=0.5"], "towers of CLIP"), (["--mask-ratio=1"], "nothing to see"), (["--mask-ratio=-0.001"], "it must be from 0 to 1"),
     (["--zero-shot=none.pt"], "no file none.pt"), (["--init=bad.csv"], "no file of weights"), (["--text-heads=5"], "text_heads 5 does not divide"),
     (["--reconstruction=1", "--accumulate=2"], "--accumulate 1"), (["--reconstruction=1", "--embed-dim=56", "--num-heads=7"], "half the num_heads"), (["--templates=bad.csv", "--data=photos"], "--templates"),
     (["--classnames=empty.csv", "--data=photos"], "--classnames"), (["--epoch-pairs=9", "--data=empty.tar"], "make no batch")])

@@ -26,19 +26,19 @@ def golden_mae(norm_pix):
 def test_golden_figures(target):
     want = FIGURES[target]
     model, images, noise = golden_mae(target == "norm_pix")
-    loss, prediction, hidden = model(images, noise)
+    loss, prediction, masked = model(images, noise)
     loss.backward()
     close = lambda got, figure: np.testing.assert_allclose(got, figure, rtol=1e-4, atol=1e-6)
     close(loss.item(), want["loss"])
-    mask = torch.zeros(5, 64, dtype=torch.bool).scatter(1, hidden, True)
+    mask = torch.zeros(5, 64, dtype=torch.bool).scatter(1, masked, True)
     assert mask.sum() == want["mask_sum"]
     assert "".join("01"[int(m)] for m in mask[0]) == want["mask_row0"]
     for name, norm in want["grad_norm"].items():
         close(model.get_parameter(name).grad.norm().item(), norm)
-    first = hidden[0].argmin()                           # the reference lists patches in raster order
+    first = masked[0].argmin()                           # the reference lists patches in raster order
     close(prediction[0, first, :8].detach(), want["pred_first_masked_patch_head"])
-    kept, hidden = mae.random_masking(noise, 0.75)       # the reference also paints visible patches
-    decoded = model.decode(model.tokens(mae.patchify(images, 4), kept), kept, hidden)[:, 1:]
+    visible, masked = mae.random_masking(noise, 0.75)       # the reference also predicts visible patches
+    decoded = model.decode(model.forward_features(mae.patchify(images, 4), visible), visible, masked)[:, 1:]
     everywhere = model.decoder_pred(model.decoder_norm(decoded)).detach()
     close(everywhere.mean(), want["pred_mean"])
     close(everywhere.abs().mean(), want["pred_abs_mean"])
@@ -82,10 +82,10 @@ def test_parameter_counts_of_the_paper(size, patch, state, encoder, trainable, d
 
 
 def test_presets_are_the_papers():
-    cfg = common.parse(mae.Config, mae.PRESETS, ["--data", "imagenet"])
+    cfg = common.parse_config(mae.Config, mae.PRESETS, ["--data", "imagenet"])
     assert (cfg.embed_dim, cfg.depth, cfg.num_heads, cfg.epochs, cfg.batch_size) == (768, 12, 12, 800, 4096)
     assert (cfg.base_lr, cfg.weight_decay, cfg.warmup_epochs, cfg.crop_scale) == (1.5e-4, 0.05, 40, 0.2)
-    assert common.parse(mae.Config, mae.PRESETS, ["--data", "imagenet", "--model", "huge", "--patch-size", "14"]).depth == 32
+    assert common.parse_config(mae.Config, mae.PRESETS, ["--data", "imagenet", "--model", "huge", "--patch-size", "14"]).depth == 32
 
 
 def test_patchify():
@@ -103,11 +103,11 @@ def test_patch_embedding_is_the_convolution():
 
 def test_random_masking():
     noise = torch.rand(4000, 64, generator=torch.Generator().manual_seed(0))
-    kept, hidden = mae.random_masking(noise, 0.75)
-    assert kept.shape == (4000, 16) and hidden.shape == (4000, 48)
-    assert (torch.cat([kept, hidden], 1).sort().values == torch.arange(64)).all()
-    assert (noise.gather(1, kept).amax(1) < noise.gather(1, hidden).amin(1)).all()
-    share = torch.zeros(4000, 64).scatter(1, hidden, 1).mean(0)
+    visible, masked = mae.random_masking(noise, 0.75)
+    assert visible.shape == (4000, 16) and masked.shape == (4000, 48)
+    assert (torch.cat([visible, masked], 1).sort().values == torch.arange(64)).all()
+    assert (noise.gather(1, visible).amax(1) < noise.gather(1, masked).amin(1)).all()
+    share = torch.zeros(4000, 64).scatter(1, masked, 1).mean(0)
     assert (share - 0.75).abs().max() < 5 * math.sqrt(0.75 * 0.25 / 4000)
     counts = [(196, 0.75, 49), (196, 0.9, 19), (256, 0.75, 64), (100, 0.9, 9)]   # the last: as released
     assert all(mae.random_masking(torch.rand(1, n), r)[0].shape[1] == k for n, r, k in counts)
@@ -123,11 +123,11 @@ def test_loss_of_special_predictions():
     assert mae.pixel_target(patches, False) is patches
 
 
-def test_hidden_pixels_do_not_reach_the_prediction():
+def test_masked_pixels_do_not_reach_the_prediction():
     model, images, noise = golden_mae(True)
-    loss, prediction, hidden = model(images, noise)
+    loss, prediction, masked = model(images, noise)
     patches = mae.patchify(images, 4)
-    where = hidden.unsqueeze(-1).expand(-1, -1, 48)
+    where = masked.unsqueeze(-1).expand(-1, -1, 48)
     other = mae.unpatchify(patches.scatter(1, where, torch.randn(5, 48, 48)), 4, (8, 8))
     loss_of_other, prediction_of_other, _ = model(other, noise)
     assert torch.equal(prediction, prediction_of_other) and loss != loss_of_other
@@ -139,20 +139,20 @@ def test_initial_loss():
     assert 1.6 < loss < 2.0
 
 
-def test_encoder_without_masks_is_the_masked_path_with_all_kept():
+def test_encoder_without_masks_is_the_masked_path_with_all_visible():
     model, images, noise = golden_mae(True)
     order, none = mae.random_masking(noise, 0.0)
-    shuffled = model.tokens(mae.patchify(images, 4), order)
+    shuffled = model.forward_features(mae.patchify(images, 4), order)
     assert none.shape[1] == 0
-    torch.testing.assert_close(mae.take(model.encode(images)[:, 1:], order), shuffled[:, 1:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(mae.gather_tokens(model.encode(images)[:, 1:], order), shuffled[:, 1:], atol=1e-5, rtol=1e-5)
     with torch.no_grad():
         model.pos_embed.zero_()                          # without positions, the order is lost on it
-    again = model.tokens(mae.patchify(images, 4), order)
+    again = model.forward_features(mae.patchify(images, 4), order)
     torch.testing.assert_close(model.encode(images)[:, 0], again[:, 0], atol=1e-5, rtol=1e-5)
 
 
 def test_block_is_the_formula():
-    block, x = mae.Block(48, 4, 4.0), torch.randn(2, 7, 48)
+    block, x = mae.Block(48, 4), torch.randn(2, 7, 48)
     y = F.layer_norm(x, (48,), eps=1e-6)
     q, k, v = (t.view(2, 7, 4, 12).transpose(1, 2) for t in block.attn.qkv(y).split(48, dim=-1))
     weights = (q @ k.transpose(-2, -1) / 12 ** 0.5).softmax(dim=-1)
@@ -164,7 +164,7 @@ def test_block_is_the_formula():
 
 def test_agrees_with_torchvisions_vit():
     from torchvision.models import VisionTransformer
-    theirs = VisionTransformer(32, 8, 2, 4, 48, 192, num_classes=0 or 1)
+    theirs = VisionTransformer(32, 8, 2, 4, 48, 192, num_classes=1)
     ours = mae.VisionTransformer(32, 8, 48, 2, 4)
     state = {"cls_token": theirs.class_token, "pos_embed": theirs.encoder.pos_embedding,
              "patch_embed.proj.weight": theirs.conv_proj.weight, "patch_embed.proj.bias": theirs.conv_proj.bias,
@@ -182,7 +182,7 @@ def test_agrees_with_torchvisions_vit():
     torch.testing.assert_close(ours.encode(images), want, atol=1e-5, rtol=1e-5)
 
 
-def test_oblong_pictures():
+def test_oblong_images():
     model = mae.MAE(**SMALL | dict(image_size=(16, 40)))
     images = torch.randn(2, 3, 16, 40)
     assert model.encode(images).shape == (2, 1 + 4 * 10, 48)
@@ -190,39 +190,7 @@ def test_oblong_pictures():
     assert prediction.shape == (2, 30, 48) and loss.isfinite()
 
 
-def test_resize_positions():
-    table = torch.randn(1, 1 + 14 * 14, 8)
-    assert mae.resize_positions(table, (14, 14)) is table
-    wide = mae.resize_positions(table, (10, 20))
-    assert wide.shape == (1, 201, 8) and (wide[:, 0] == table[:, 0]).all()
-
-
-def test_init_from_released_files(tmp_path):
-    """Encoder-only, full, and DistributedDataParallel's names load; anything else is refused."""
-    source, path = fill(mae.MAE(**SMALL)), tmp_path / "released.pth"
-    full = source.state_dict()
-    encoder = {n: v for n, v in full.items() if not n.startswith("decoder") and n != "mask_token"}
-    for state in (full, encoder, {f"module.{n}": v for n, v in full.items()}):
-        torch.save({"model": state, "args": __import__("argparse").Namespace(lr=1)}, path)
-        model = mae.MAE(**SMALL)
-        fresh = model.mask_token.clone()
-        mae.load_weights(model, str(path))
-        assert all(torch.equal(model.state_dict()[n], v) for n, v in encoder.items())
-        assert torch.equal(model.mask_token, fresh if state is encoder else source.mask_token)
-    larger = mae.MAE(**SMALL | dict(image_size=48))
-    mae.load_weights(larger, str(path))
-    assert torch.equal(larger.pos_embed[:, 0], source.pos_embed[:, 0]) and larger.pos_embed.shape[1] == 145
-    for wrong in (dict(list(encoder.items())[1:]), full | {"head.weight": torch.zeros(1)},
-                  {n: v for n, v in full.items() if n != "mask_token"}, full | {"cls_token": torch.zeros(1, 1, 4)}):
-        torch.save(wrong, path)
-        with pytest.raises(common.UserError, match="does not fit"):
-            mae.load_weights(mae.MAE(**SMALL), str(path))
-    path.write_text("not a checkpoint")
-    with pytest.raises(common.UserError, match="no file of weights"):
-        mae.load_weights(mae.MAE(**SMALL), str(path))
-
-
-def test_overfits_eight_pictures():
+def test_overfits_eight_images():
     """The published shape of the curve: a plateau near 0.98, then down; fixed masks."""
     torch.manual_seed(0)
     model = mae.MAE(32, 4, 64, 4, 4, 64, 2, 4)
@@ -248,3 +216,21 @@ def test_compiled_model_keeps_names_and_values():
     model.compile(backend="aot_eager")                   # the default needs a C++ compiler
     torch.testing.assert_close(model(images, noise)[0], want, atol=1e-5, rtol=1e-5)
     assert list(model.state_dict()) == names
+
+
+def test_encoder_exports_with_a_dynamic_batch():
+    """No size of the example is baked in: another batch runs through the exported program."""
+    model = fill(mae.VisionTransformer(16, 4, 16, 2, 2), skip=("pos_embed",)).eval()
+
+    class Encoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, images):
+            return self.model.encode(images)
+
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(Encoder(), (torch.randn(4, 3, 16, 16),), dynamic_shapes=({0: batch},))
+    images = torch.randn(7, 3, 16, 16)
+    torch.testing.assert_close(program.module()(images), model.encode(images), atol=1e-5, rtol=1e-5)

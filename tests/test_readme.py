@@ -90,14 +90,14 @@ def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        drawn = common.shapes("train", np.arange(50))
+        drawn = data.synthetic_shapes("train", np.arange(50))
         for i in range(50):
             path = Path("photos", "train" if i < 40 else "val", "ab"[i % 2], f"{i:02}.png")
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(drawn["picture"][i].transpose(1, 2, 0)[:20, :24]).save(path)
+            Image.fromarray(drawn["image"][i].transpose(1, 2, 0)[:20, :24]).save(path)
         for split in ("training", "validation"):
             for i in range(10):
-                for kind, picture in (("images", drawn["picture"][i].transpose(1, 2, 0)), ("annotations", drawn["mask"][i].astype(np.uint8) + 1)):
+                for kind, picture in (("images", drawn["image"][i].transpose(1, 2, 0)), ("annotations", drawn["mask"][i].astype(np.uint8) + 1)):
                     path = Path("ADEChallengeData2016", kind, split, f"{i}.{'jpg' if kind == 'images' else 'png'}")
                     path.parent.mkdir(parents=True, exist_ok=True)
                     Image.fromarray(picture).save(path)
@@ -201,7 +201,7 @@ def test_study(prepared, monkeypatch):
     for line in study.METHODS.values():
         name, flags = line.format(mae="mae.pt", **numbers).split(" ", 1)
         script = importlib.import_module(name.removesuffix(".py"))
-        cfg = common.parse(script.Config, script.PRESETS, shlex.split(f"{train} {study.SHAPE} {flags}"))
+        cfg = common.parse_config(script.Config, script.PRESETS, shlex.split(f"{train} {study.SHAPE} {flags}"))
         assert (cfg.embed_dim, cfg.depth, cfg.epochs, cfg.batch_size, cfg.crop_scale) == (64, 4, 4, 128, 0.5)
     monkeypatch.setattr(study, "PROTOCOLS", {"finetune": study.PROTOCOLS["finetune"]})
     flags = ["run", "--quick", "--runs", "study", "--results", "study.jsonl", "--methods", "none", "mae"]

@@ -6,20 +6,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms import v2
 
 import common
+import data
 import evaluate
 import mae
 import supmim
 from conftest import ROOT, fill
 from supmim import SupMIM, kmeans, nearest_code
-from test_train import close, photos, same, weights      # noqa: F401, photos is a fixture
+from test_train import checkpoint, close, moments, photos, same, weights     # noqa: F401, photos is a fixture
 
 SMALL = dict(image_size=16, patch_size=4, embed_dim=16, depth=3, num_heads=2, decoder_embed_dim=8, decoder_depth=1,
              decoder_num_heads=2, classes=5)
@@ -111,11 +114,11 @@ def test_hidden_patches_are_hidden(mask_tokens, ratio, hidden_count):
     model = SupMIM(**SMALL, mask_tokens=mask_tokens, mask_ratio=ratio)
     images, noise = pictures(3, 3, 16, 16), torch.rand(3, 16, generator=torch.Generator().manual_seed(1))
     patches = supmim.patchify(images, 4)
-    visible, prediction, hidden = model.predict_hidden(patches, noise)
+    visible, prediction, hidden = model.predict_masked(patches, noise)
     assert hidden.shape == (3, hidden_count) and visible.shape[1] == 1 + 16 - hidden_count and prediction.shape == (3, hidden_count, 48)
     for where, changes in ((hidden, False), (noise.argsort(1)[:, :1], True)):
         other = patches.scatter(1, where.unsqueeze(-1).expand(-1, -1, 48), 9.0)
-        assert torch.equal(model.predict_hidden(other, noise)[1], prediction) != changes
+        assert torch.equal(model.predict_masked(other, noise)[1], prediction) != changes
 
 
 def test_masked_pass_is_maes():
@@ -153,7 +156,7 @@ def test_one_pass_classifies_what_is_visible():
     model, images, noise = SupMIM(**SMALL, passes="one"), pictures(4, 3, 16, 16), torch.rand(4, 16)
     mixed, labels = pictures(4, 3, 16, 16, seed=1), torch.zeros(4, dtype=torch.long)
     kept, hidden = supmim.random_masking(noise, 0.5)
-    visible = model.tokens(supmim.patchify(images, 4), kept)
+    visible = model.forward_features(supmim.patchify(images, 4), kept)
     logits = model(images, labels, noise)[3]
     assert torch.equal(logits, model.head(visible[:, 1:].mean(1)))
     other = supmim.patchify(images, 4).scatter(1, hidden.unsqueeze(-1).expand(-1, -1, 48), 9.0)
@@ -169,7 +172,7 @@ def test_mask_tokens_in_the_encoder_stand_where_the_hidden_patches_are():
         model.mask_token.copy_(model.patch_embed(patch))
     patches, (kept, hidden) = patch.expand(3, 16, 48), supmim.random_masking(noise, 0.5)
     place = F.pad(torch.cat([kept, hidden], dim=1) + 1, (1, 0))
-    torch.testing.assert_close(model.encode_masked(patches, kept, hidden), supmim.take(model.tokens(patches), place))
+    torch.testing.assert_close(model.encode_masked(patches, kept, hidden), supmim.gather_tokens(model.forward_features(patches), place))
 
 
 @pytest.mark.parametrize("changes", [{}, dict(codes=7), dict(passes="one", mask_tokens="encoder")])
@@ -188,7 +191,7 @@ def test_bf16_and_one_graph(changes):
 
 
 @pytest.mark.parametrize("passes", ["one", "two"])
-def test_which_pictures_are_mixed(photos, monkeypatch, passes):
+def test_which_pictures_are_mixed(small, monkeypatch, passes):
     met, forward = [], SupMIM.forward
     monkeypatch.setattr(SupMIM, "forward", lambda model, images, labels, noise, mixed, codes:
                         met.append((images, labels, mixed, codes)) or forward(model, images, labels, noise, mixed, codes))
@@ -224,8 +227,15 @@ def test_kmeans_finds_clusters_and_improves():
 
 
 # ------------------------------------------------------------------------------------------------- whole runs
-TINY = dict(data="photos", image_size=16, embed_dim=16, depth=2, num_heads=2, decoder_embed_dim=16, shots=0, crop_scale=0.5,
-            epochs=3, batch_size=10, log_every=1, warmup_epochs=1.0, eval_every=2)      # 40 photos: 4 steps an epoch
+TINY = dict(data="photos", image_size=16, decoder_embed_dim=16, shots=0, crop_scale=0.5, epochs=3, batch_size=10,
+            warmup_epochs=1.0, eval_every=2)             # 40 photos: 4 steps an epoch
+
+
+@pytest.fixture
+def small(photos, monkeypatch):
+    """photos, a smaller model, and a line of metrics for every step."""
+    monkeypatch.setitem(supmim.SIZES, "micro", (16, 2, 2))
+    monkeypatch.setattr(common, "LOG_EVERY", 1)
 
 
 def tiny(**changes):
@@ -236,31 +246,134 @@ def read(run):
     return [json.loads(line) for line in open(f"{run}/metrics.jsonl")]
 
 
-def test_without_the_masked_loss_it_is_the_plain_classifier(photos):
-    """Five steps of a loop written out here, mixing included, give the weights of a run."""
-    cfg = tiny(output="run", mim_weight=0.0, max_steps=5, mixup=0.8, smoothing=0.1, randaugment=5)
+def test_without_the_masked_loss_it_is_the_plain_classifier(small):
+    """Five steps of a loop written out here, mixing and drop path included, give the weights of a
+    run: also after the test images were scored, without drop path, at the first epoch's end."""
+    cfg = tiny(output="run", mim_weight=0.0, max_steps=5, mixup=0.8, smoothing=0.1, randaugment=5,
+               drop_path=0.5, eval_every=1)
     supmim.train(cfg)
     assert not Path("run/reconstruction.png").exists()
     model = supmim.build(cfg, 2)
     kept = [p for name, p in model.named_parameters() if p.requires_grad]
     assert not [name for name, p in model.named_parameters() if p.requires_grad and name.startswith(("decoder", "mask_token"))]
     groups = [{"params": [p for p in kept if (p.ndim > 1) == matrix], "weight_decay": 0.05 * matrix} for matrix in (True, False)]
-    optimizer, mix = torch.optim.AdamW(groups, fused=True), common.mixing(0.8, 0.0, 2)
-    train = common.open_data("photos", "").train
-    train.transform = common.augment(16, 0.5, randaugment=5)
-    for step, batch in enumerate(common.Batches(cfg, 40, 0, 5)):
+    optimizer, mix = torch.optim.AdamW(groups, fused=True), data.mixing(0.8, 0.0, 2)
+    train = data.open_data("photos", "").train
+    train.transform = data.augment(16, 0.5, randaugment=5)
+    for step, batch in enumerate(data.BatchSampler(cfg, 40, 0, 5)):
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(step, 4, 12, 0.01 * 10 / 256)
-        torch.manual_seed(common.mix(0, step, 0, 0, 1))
+        torch.manual_seed(common.derive_seed(0, step, 0, 0, 1))
         images, labels, _ = zip(*(train[key] for key in batch))
-        images, labels = mix(common.to_device(torch.stack(images), torch.device("cpu")), torch.tensor(labels))
+        images, labels = mix(data.to_device(torch.stack(images), torch.device("cpu")), torch.tensor(labels))
         F.cross_entropy(model.head(model.encode(images)[:, 1:].mean(dim=1)), labels, label_smoothing=0.1).backward()
         optimizer.step()
         optimizer.zero_grad()
     assert same(weights("run"), model.state_dict())
 
 
-def test_weight_of_the_masked_loss_changes_no_random_number(photos):
+def seed_of(*numbers):
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+@pytest.mark.parametrize("target, pool, shots", [("pixels", "mean", 0), ("kmeans", "cls", 15)])
+def test_recipe(small, target, pool, shots):
+    """Five steps of a loop written out end with the same weights, codes and logged losses: both
+    losses, mixing, drop path, scores in between, and the codes' centres."""
+    supmim.train(tiny(output="run", target=target, codes=8, pool=pool, shots=shots, mim_weight=2.0,
+                      drop_path=0.5, randaugment=5, mixup=0.8, cutmix=1.0, smoothing=0.1, epochs=4,
+                      warmup_epochs=0.75, base_lr=0.05, weight_decay=2.0, eval_every=1, max_steps=5))
+    torch.manual_seed(0)
+    codes = 8 if target == "kmeans" else 0
+    model = SupMIM(16, 4, 16, 2, 2, 16, 1, 2, classes=2, codes=codes, drop_path=0.5)
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    assert not {"pos_embed", "decoder_pos_embed"} & {n for n, _ in trained}
+    groups = [{"params": [p for _, p in trained if p.ndim > 1], "weight_decay": 2.0},
+              {"params": [p for _, p in trained if p.ndim == 1], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
+    train = data.open_data("photos", "").train
+    random = np.random.RandomState(0)                    # which images have labels
+    rows = [random.permutation(np.flatnonzero(train.labels == label)) for label in (0, 1)]
+    rows = np.sort(np.concatenate([of_class[:shots or None] for of_class in rows]))
+    labelled = data.ImageDataset(train.source[rows], train.labels[rows])
+    crops = labelled.with_transform(data.augment(16, 0.5, randaugment=5))
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
+    bicubic = v2.InterpolationMode.BICUBIC
+    whole = [v2.functional.resize(labelled.read(i), [18], bicubic) for i in range(len(rows))]
+    whole = torch.stack([v2.functional.center_crop(image, [16]) for image in whole])
+
+    def targets(images):
+        """Normalised patches (B, N, 48)."""
+        x = images.view(-1, 3, 4, 4, 4, 4).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+        return (x - x.mean(dim=2, keepdim=True)) / (x.var(dim=2, keepdim=True) + 1e-6).sqrt()
+
+    if codes:
+        centres = kmeans(targets((whole / 255 - mean) / std).flatten(0, 1), 8, 0)
+    mixes = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=2), v2.CutMix(alpha=1.0, num_classes=2)])
+    per_epoch = len(rows) // 10
+    warmup, total = 0.75 * per_epoch, 4 * per_epoch
+    losses = []
+    for step in range(5):
+        epoch, position = divmod(step, per_epoch)
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(epoch)).tolist()
+        batch = [crops[epoch, i] for i in order[10 * position:10 * position + 10]]
+        images = (torch.stack([image for image, _, _ in batch]) / 255 - mean) / std
+        noise = torch.rand(10, 16, generator=torch.Generator().manual_seed(seed_of(0, step)))
+        lr = 0.05 * 10 / 256
+        if step < warmup:
+            lr *= step / warmup
+        else:
+            lr *= (1 + np.cos(np.pi * (step - warmup) / (total - warmup))) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        torch.manual_seed(seed_of(0, step, 0, 0, 1))
+        mixed, labels = mixes(images, torch.tensor([label for _, label, _ in batch]))
+        tokens = model.encode(mixed)
+        logits = model.head(tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(dim=1))
+        labels = 0.9 * labels + 0.1 / 2                  # smoothed, (10, 2)
+        class_loss = -(labels * logits.log_softmax(dim=1)).sum(dim=1).mean()
+        _, prediction, masked = model.predict_masked(supmim.patchify(images, 4), noise)
+        assert torch.equal(masked, noise.argsort(dim=1)[:, 8:])                # half of 16
+        target = torch.stack([of_image[m] for of_image, m in zip(targets(images), masked)])
+        if codes:
+            code = torch.cdist(target, centres.expand(10, 8, 48)).argmin(dim=2)
+            masked_loss = -prediction.log_softmax(dim=2).gather(2, code.unsqueeze(2)).mean()
+        else:
+            masked_loss = (prediction - target).square().mean()
+        losses.append([class_loss.item(), masked_loss.item()])
+        (class_loss + 2.0 * masked_loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    close(model.state_dict(), weights("run"))
+    logged = next(line for line in read("run") if "class_loss" in line)
+    expected = np.mean(losses[:per_epoch], axis=0)
+    assert [logged["class_loss"], logged["masked_loss"]] == pytest.approx(expected, rel=1e-5)
+    if codes:
+        torch.testing.assert_close(checkpoint("run")["tensors"]["centres"], centres)
+
+
+def test_nothing_is_dropped_while_images_are_scored(small, monkeypatch):
+    """Scores, features and the image are of the model without drop path: made twice, they agree."""
+    features, save, calls = data.features, data.save_image_grid, []
+
+    def twice(encode, *args, **options):
+        def encode_twice(images):
+            found = encode(images)
+            assert torch.equal(found, encode(images))
+            calls.append(1)
+            return found
+        return features(encode_twice, *args, **options)
+
+    monkeypatch.setattr(data, "features", twice)
+    rows_of = []
+    monkeypatch.setattr(data, "save_image_grid", lambda path, rows: rows_of.append(rows) or save(path, rows))
+    supmim.train(tiny(output="run", drop_path=0.9, base_lr=0.0))
+    assert len(calls) > 6 and len(rows_of) == 4          # after each epoch and at the end
+    first, *others = [torch.cat(list(rows.values())) for rows in rows_of]
+    assert all(torch.equal(first, other) for other in others)
+
+
+def test_weight_of_the_masked_loss_changes_no_random_number(small):
     """With a weight too small to matter the classifier becomes that of the baseline, drops and mixing included."""
     for name, weight in (("none", 0.0), ("tiny", 1e-30)):
         supmim.train(tiny(output=name, mim_weight=weight, mixup=0.8, drop_path=0.5, randaugment=5, max_steps=4))
@@ -270,7 +383,7 @@ def test_weight_of_the_masked_loss_changes_no_random_number(photos):
 
 @pytest.mark.parametrize("changes", [dict(drop_path=0.3, mixup=0.5, cutmix=1.0), dict(target="kmeans", codes=8, mask_tokens="encoder"),
                                      dict(passes="one", pool="cls", shots=10)])
-def test_resumed_run_equals_an_undisturbed_one(photos, changes):
+def test_resumed_run_equals_an_undisturbed_one(small, changes):
     whole = supmim.train(tiny(output="whole", **changes))
     for steps in (2, 5, 8, 0, 0):                        # the last one finds a run that has ended
         parts = supmim.train(tiny(output="parts", max_steps=steps, **changes))
@@ -281,10 +394,10 @@ def test_resumed_run_equals_an_undisturbed_one(photos, changes):
     ends = [line["step"] for line in lines if "masked_loss" in line]
     per_epoch = (20 if "shots" in changes else 40) // 10
     assert ends == [per_epoch * e for e in (1, 2, 3)] and [line["step"] for line in lines if "top1" in line] == [ends[1], ends[2], ends[2]]
-    assert Image.open("whole/reconstruction.png").size[0] > 8 * 90 and {"top1", "top5", "recall1_trained", "knn_trained"} <= lines[-1].keys()
+    assert Image.open("whole/reconstruction.png").size[0] > 8 * 90 and {"top1", "top5", "knn_trained", "linear_trained"} <= lines[-1].keys()
 
 
-def test_a_tokenizer_of_ones_own(photos, capsys):
+def test_a_tokenizer_of_ones_own(small, capsys):
     Path("bright.py").write_text("""def tokenizer(device):
     def codes(images):                                   # how bright a patch is, in eight steps
         assert 0 <= images.min() and images.max() <= 1
@@ -304,11 +417,14 @@ def test_a_tokenizer_of_ones_own(photos, capsys):
     assert evaluate.main(["finetune", "--eval", "--checkpoint", "run/classifier.pt", "--data", "photos"])["top1"] >= 0
 
 
-def test_export_is_a_plain_classifier(photos):
+def test_export_is_a_plain_classifier(small):
     found = supmim.train(tiny(output="run"))
     saved = torch.load("run/classifier.pt", weights_only=True)
     plain, images = Plain(depth=2, classes=2).load(saved["model"]), pictures(4, 3, 16, 16)     # strictly
-    model = supmim.build(supmim.Config(**saved["config"]), 2)
+    sizes = {name: saved["config"].pop(name) for name in ("embed_dim", "depth", "num_heads")}
+    cfg = supmim.Config(**saved["config"])
+    assert vars(cfg) == saved["config"] | sizes and sizes == {"embed_dim": 16, "depth": 2, "num_heads": 2}
+    model = supmim.build(cfg, 2)
     model.load_state_dict(weights("run"))
     torch.testing.assert_close(plain(images), model.classify(images), rtol=1e-4, atol=1e-5)
     encoder = torch.load("run/encoder.pt", weights_only=True)
@@ -322,22 +438,55 @@ def test_export_is_a_plain_classifier(photos):
         ["finetune", "--eval", "--checkpoint", "tuned/finetuned.pt", "--data", "photos"])["top1"]
 
 
-def test_two_processes_equal_one(photos):
-    changes = dict(target="kmeans", codes=8)
-    supmim.train(tiny(output="one", **changes))
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in (TINY | changes).items()]
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "supmim.py"),
-                           "--preset=shapes", *flags, "--output=two", "--accumulate=5"], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+def same_losses(one, two):
+    """The means of both losses that are logged after each epoch."""
+    found = [[(line["class_loss"], line["masked_loss"]) for line in read(run) if "class_loss" in line]
+             for run in (one, two)]
+    np.testing.assert_allclose(*found, rtol=1e-5)
+    assert checkpoint(one)["epoch_losses"] == pytest.approx(checkpoint(two)["epoch_losses"], rel=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, dict(target="kmeans", codes=8)])
+def test_accumulation_is_one_large_batch(small, changes):
+    for accumulate in (1, 5):
+        supmim.train(tiny(output=f"a{accumulate}", accumulate=accumulate, max_steps=6, **changes))
+    close(weights("a1"), weights("a5"))
+    close(moments("a1"), moments("a5"))
+    same_losses("a1", "a5")
+
+
+def test_two_processes_equal_one(small):
+    """Several images a process and micro-batch, into the second epoch: one torchrun makes both
+    runs, with and without accumulation. The processes' generators differ: nothing may hang on it."""
+    one = TINY | dict(batch_size=12, max_steps=5)        # 3 steps an epoch
+    runs = {"plain": one, "codes": one | dict(accumulate=2, target="kmeans", codes=8, shots=19)}
+    Path("both.py").write_text(f"""import sys
+sys.path.insert(0, {str(ROOT)!r})
+import common, supmim
+supmim.SIZES["micro"] = (16, 2, 2)
+with common.command_line():
+    for name, settings in {runs!r}.items():
+        supmim.train(supmim.Config(output=name + "2", **settings))
+""")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*command, "both.py"], capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
-    close(weights("one"), weights("two"))
+    for name, settings in runs.items():
+        supmim.train(supmim.Config(output=f"{name}1", **settings))
+        close(weights(f"{name}1"), weights(f"{name}2"))
+        close(moments(f"{name}1"), moments(f"{name}2"))
+        first, second = (checkpoint(f"{name}{processes}") for processes in (1, 2))
+        assert first["epoch_losses"] == pytest.approx(second["epoch_losses"], rel=1e-5)
+        for key, value in read(f"{name}1")[-1].items():
+            assert read(f"{name}2")[-1][key] == pytest.approx(value, rel=1e-5), key
 
 
 def test_short_run_learns(in_tmp):
     found = supmim.main(["--epochs=4", "--warmup-epochs=1", "--mask-ratio=0.75", "--max-steps=60", "--shots=125", "--mim-weight=1"])
     losses = [(line["class_loss"], line["masked_loss"]) for line in read("runs/supmim-shapes") if "class_loss" in line]
     assert found["step"] == 60 and all(late < early for early, late in zip(losses[0], losses[-1]))
-    encoder, extra, _ = evaluate.load_encoder(evaluate.Config("segment", "runs/supmim-shapes/classifier.pt"))
+    encoder, extra, _ = evaluate.load_encoder(evaluate.Config(protocol="segment", checkpoint="runs/supmim-shapes/classifier.pt"))
     assert encoder.encode(torch.randn(1, 3, 32, 32)).shape == (1, 65, 64) and set(extra) == HEAD
 
 
@@ -355,5 +504,5 @@ def test_a_users_mistake_is_one_line(in_tmp, capfd, argv, words):
 def test_pictures_without_labels_are_refused(in_tmp):
     Path("flat").mkdir()
     Image.new("RGB", (20, 20)).save("flat/a.png")
-    with pytest.raises(common.UserError, match="has no labelled pictures to train"):
+    with pytest.raises(common.UserError, match="has no labelled images to train"):
         supmim.train(supmim.Config(data="flat"))

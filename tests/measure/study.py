@@ -1,14 +1,14 @@
-"""All six methods on the same pictures with the same budget. Run by hand: `python tests/study.py run --data cifar10-jpg`.
+"""All six methods on the same images with the same budget. Run by hand: `python tests/measure/study.py run --data cifar10-jpg`.
 
 run     trains each method, the supervised baseline and nothing (the untrained encoder), one encoder, one number of epochs,
         one augmentation, and scores each with evaluate.py: k-NN, linear, attentive, fine-tuning on all labels and on 10 and
         1 %. It goes on where it stopped: what --results holds already is not run again, and a run that was cut short resumes.
         Several at once may share --runs and --results if their --methods differ and MAE, the teacher, is done.
-        --quick: 200 drawn pictures and a few steps, to see that everything works, with --results of its own.
-table   writes --results as a Markdown table and as a picture, between the study's marks in README.md.
+        --quick: 200 synthetic images and a few steps, to see that everything works, with --results of its own.
+table   writes --results as a Markdown table and as an image, between the study's marks in README.md.
 jpegs   makes the folder --data: CIFAR-10, downloaded, as JPEGs of Pillow's default quality in class folders.
 
-What is given to whom: MAE and AMT get pictures alone; MaskDistill and DTM are taught by the study's own MAE, and their encoders
+What is given to whom: MAE and AMT get images alone; MaskDistill and DTM are taught by the study's own MAE, and their encoders
 have relative positions and layer scale besides; FLIP reads the names of the classes in captions, the baseline and SupMIM
 learn the labels: these three have seen the labels. "own": top-1 of what the pre-training itself classifies with.
 """
@@ -28,11 +28,11 @@ import torch
 import torchvision
 from PIL import Image, ImageDraw, ImageFont
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
-import common
+import data
 
-SHAPE = "--model micro --embed-dim 64 --depth 4 --num-heads 2 --patch-size 4 --image-size 32"      # of every encoder
+SHAPE = "--model micro --patch-size 4 --image-size 32"     # of every encoder; micro is another row in the two distillers still
 DECODER = "--decoder-embed-dim 32 --decoder-depth 1 --decoder-num-heads 2"
 TAUGHT = "--layer-scale 1 --base-lr 3e-3 --color-jitter 0 --teacher {mae}"
 LABELS = f"--base-lr 2e-3 --mixup 0 --cutmix 0 --randaugment 0 --drop-path 0 --eval-every 100 {DECODER}"
@@ -54,19 +54,19 @@ LABELLED = {"supervised", "supmim", "flip"}
 
 def settings(args) -> tuple[str, str, dict]:
     """The budget: flags of the pre-training, flags of the scores, and numbers for the braces above."""
-    data = f"--data {shlex.quote(str(args.data))} --workers {args.workers}"
-    train = f"{data} --preset cifar10 --epochs {args.epochs} --warmup-epochs {args.epochs / 10} --crop-scale 0.5 --knn-pictures 500"
+    source = f"--data {shlex.quote(str(args.data))} --workers {args.workers}"
+    train = f"{source} --preset cifar10 --epochs {args.epochs} --warmup-epochs {args.epochs / 10} --crop-scale 0.5"
     if args.quick:
-        return f"{train} --batch-size 32", f"{data} --batch-size 8", dict(start=1, refresh=1)
+        return f"{train} --batch-size 32", f"{source} --batch-size 8", dict(start=1, refresh=1)
     start = max(1, args.epochs // 10)
-    return f"{train} --batch-size 128", data, dict(start=start, refresh=max(start, args.epochs // 2))
+    return f"{train} --batch-size 128", source, dict(start=start, refresh=max(start, args.epochs // 2))
 
 
-def draw_pictures(folder: Path) -> Path:
-    """160 drawn pictures to train on and 40 to test on, as class folders."""
+def draw_images(folder: Path) -> Path:
+    """160 synthetic images to train on and 40 to test on, as class folders."""
     for part, count in (("train", 160), ("val", 40)):
-        drawn = common.shapes("train" if part == "train" else "test", np.arange(count))
-        for i, (picture, shape) in enumerate(zip(drawn["picture"], drawn["shape"])):
+        drawn = data.synthetic_shapes("train" if part == "train" else "test", np.arange(count))
+        for i, (picture, shape) in enumerate(zip(drawn["image"], drawn["shape"])):
             path = folder / part / str(shape) / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture.transpose(1, 2, 0)).save(path)
@@ -75,9 +75,9 @@ def draw_pictures(folder: Path) -> Path:
 
 def jpegs(args):
     for part in ("train", "test"):
-        pictures = torchvision.datasets.CIFAR10("data", train=part == "train", download=True)
-        for i, (picture, label) in enumerate(pictures):
-            path = Path(args.data, part, pictures.classes[label], f"{i:05}.jpg")
+        images = torchvision.datasets.CIFAR10("data", train=part == "train", download=True)
+        for i, (picture, label) in enumerate(images):
+            path = Path(args.data, part, images.classes[label], f"{i:05}.jpg")
             path.parent.mkdir(parents=True, exist_ok=True)
             picture.save(path)
 
@@ -100,7 +100,7 @@ def read(path: Path) -> list[dict]:
 def run(args):
     """Fill --results: one line a figure, {method, seed, protocol, top1 in percent, how it was come by}."""
     if args.quick:
-        args.data, args.epochs = draw_pictures(args.runs / "pictures"), 2
+        args.data, args.epochs = draw_images(args.runs / "images"), 2
     args.results.parent.mkdir(parents=True, exist_ok=True)
     about = {"epochs": args.epochs, "data": Path(args.data).name, "commit": commit(), "date": datetime.date.today().isoformat(),
              "machine": machine(), "torch": torch.__version__}
@@ -167,7 +167,7 @@ def figures(path: Path) -> dict:
 
 
 def table(args):
-    """Between the marks in README.md: a row for each method, mean and half the range over the seeds; and the picture."""
+    """Between the marks in README.md: a row for each method, mean and half the range over the seeds; and the image."""
     found, lines, columns = figures(args.results), read(args.results), [*PROTOCOLS, "own"]
     shown = lambda values: f"{statistics.mean(values):.1f}" + (f" ± {(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else "")
     rows = [["", *columns], ["---"] * (len(columns) + 1)]
@@ -210,7 +210,7 @@ def draw(found: dict, path: Path):
                 pen.text((left + length(max(values)) + 8, top), f"{mean:.1f}", "black", font)
             if len(values) > 1:
                 pen.line((left + length(min(values)), top + bar // 2 - 3, left + length(max(values)), top + bar // 2 - 3), "black", 2)
-    pen.text((20, high * 2), "brown: has seen the labels of all training pictures", colours[True], font)
+    pen.text((20, high * 2), "brown: has seen the labels of all training images", colours[True], font)
     image.save(path)
 
 
@@ -224,10 +224,10 @@ def main(argv=None):
     parser.add_argument("--methods", nargs="*", choices=["none", *METHODS])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--runs", type=Path, default=Path("runs/study"))
-    parser.add_argument("--results", type=Path, help="empty: tests/study.jsonl, of --quick runs/study/quick.jsonl")
+    parser.add_argument("--results", type=Path, help="empty: tests/measure/study.jsonl, of --quick runs/study/quick.jsonl")
     parser.add_argument("--picture", type=Path, default=ROOT / "assets/study.png")
     args = parser.parse_args(argv)
-    args.results = args.results or (args.runs / "quick.jsonl" if args.quick else ROOT / "tests/study.jsonl")
+    args.results = args.results or (args.runs / "quick.jsonl" if args.quick else ROOT / "tests/measure/study.jsonl")
     {"run": run, "table": table, "jpegs": jpegs}[args.what](args)
 
 

@@ -1,22 +1,22 @@
-"""How fast is it? Run by hand: `python tests/benchmark.py train`, or `... batch`, `... data`, `... morph`, `... hours`, `... features`.
+"""How fast is it? Run by hand: `python tests/measure/benchmark.py train`, or `... batch`, `... data`, `... morph`, `... hours`, `... features`.
 
-train   one optimiser step of MAE (ViT-B/16, 224 pixels, 75 % hidden, decoder 8 x 512), or with --method
+train   one optimiser step of MAE (ViT-B/16, 224 pixels, 75 % masked, decoder 8 x 512), or with --method
         maskdistill or dtm of a ViT-B/16 student and a teacher like CLIP's ViT-B/16, with --method flip of both of CLIP's
         towers at three mask ratios, with amt of AMT, plain MAE, AMT with data-dependent shapes, and the making of maps
         (forward only), with supmim of ViT-B/14 with and without the masked pass, or with all of all six, ours and the
-        peers', each in a process of its own, taking turns on the same pictures; fused AdamW for all. Printed: images/s,
+        peers', each in a process of its own, taking turns on the same images; fused AdamW for all. Printed: images/s,
         the ratio to the first (median over the rounds), FLOP/s counted for each as a share of what a large
         matrix product reaches just before and after the step, and peak memory. Ours begins as its scripts do,
-        with `common.start`.
+        with `common.keep_freed_memory`.
 batch   the largest batch with which a step of FLIP fits into --memory GiB, at three mask ratios.
-data    images/s on one core: decoding, cropping, and both on JPEGs that `common.py shrink` has made
-        small, beside the usual Pillow loader. --folder: real pictures; else it draws 500 x 375 ones.
+data    images/s on one core: decoding, cropping, and both on JPEGs of 256 pixels on the shorter
+        side, beside the usual Pillow loader. --folder: real images; else it draws 500 x 375 ones.
 morph   DTM's matching and its loss with gradient, alone, beside the dense formulation: matrices (B, n, N) that
         say which group a token is in, and multiply.
 hours   computed, not measured: how long the papers' recipes take on eight GPUs that reach --tflops each, and how many
         cores must decode for them at the rates that `data` measures (--decode).
 features  images/s of `evaluate.py`'s features of the test set of --folder by --checkpoint, reading
-        included, and its share of what the encoder's forward pass reaches on pictures at hand.
+        included, and its share of what the encoder's forward pass reaches on images at hand.
 
 Peers, none needed by the project itself: pip install transformers timm vit-pytorch open_clip_torch
 """
@@ -41,9 +41,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 import amt
 import common
+import data
 import dtm
 import evaluate
 import flip
@@ -111,13 +112,13 @@ def transformers_student(size):
 
     def loss(images):
         noise = torch.rand(len(images), 4 * 20 + 196, device=images.device)
-        _, hidden = maskdistill.block_masking(noise, (14, 14), 78, 16)
-        mask = torch.zeros(len(images), 196, dtype=torch.bool, device=images.device).scatter_(1, hidden, True)
+        _, masked = maskdistill.block_masking(noise, (14, 14), 78, 16)
+        mask = torch.zeros(len(images), 196, dtype=torch.bool, device=images.device).scatter_(1, masked, True)
         tokens = beit(images, bool_masked_pos=mask).last_hidden_state[:, 1:]
         with torch.no_grad():
             target = clip(images).last_hidden_state[:, 1:]
-            target = F.layer_norm(maskdistill.take(target, hidden).float(), (width,))
-        return F.smooth_l1_loss(model["head"](maskdistill.take(tokens, hidden)).float(), target)
+            target = F.layer_norm(maskdistill.gather_tokens(target, masked).float(), (width,))
+        return F.smooth_l1_loss(model["head"](maskdistill.gather_tokens(tokens, masked)).float(), target)
     model.forward = loss
     return model, lambda model, images: model(images)
 
@@ -191,7 +192,7 @@ def our_maps(size):
 
 
 def our_classifier(size, patch=14, **changes):
-    """SupMIM with ViT-B/14: 16 x 16 patches, half of them hidden, a decoder of 2 blocks of half the width."""
+    """SupMIM with ViT-B/14: 16 x 16 patches, half of them masked, a decoder of 2 blocks of half the width."""
     model = supmim.SupMIM(224, patch, *mae.SIZES[size], 384, 2, 6, **changes)
     return model, lambda model, images: model(images, torch.arange(len(images), device=images.device))[0]
 
@@ -267,7 +268,7 @@ def clock(function, device):
 def serve(name, args, pipe):
     """The process of one contestant: a step each time it is asked for one."""
     if not name.startswith(PEERS):
-        common.start(0)
+        common.keep_freed_memory()
     plain = argparse.Namespace(**vars(args) | {"compile": False, "precision": "fp32", "device": "cpu"})
     pipe.send(Contestant(name, plain).flops(torch.randn(2, 3, 224, 224)))      # not of compiled code
     team, images = Contestant(name, args), torch.randn(args.batch, 3, 224, 224, device=args.device)
@@ -279,7 +280,7 @@ def serve(name, args, pipe):
 
 
 def begin(name, args):
-    """Start a contestant's process; its pipe and the FLOPs of a picture."""
+    """Start a contestant's process; its pipe and the FLOPs of a image."""
     pipe, theirs = multiprocessing.Pipe()
     multiprocessing.get_context("spawn").Process(target=serve, args=(name, args, theirs), daemon=True).start()
     theirs.close()                                       # so that a contestant's death is heard of here
@@ -313,7 +314,7 @@ def train(args):
           f"{'':24}images/s  x first   GFLOP/image   share of the matrix product   peak GiB")
     for name in names:
         speed = args.batch / statistics.median(times[name])
-        ratio = statistics.median(a / b for a, b in zip(times[names[0]], times[name]))     # to ours, of FLIP's with whole pictures
+        ratio = statistics.median(a / b for a, b in zip(times[names[0]], times[name]))     # to ours, of FLIP's with whole images
         share = statistics.median(shares[name])
         print(f"{name:24}{speed:8.2f}{ratio:9.2f}{flops[name] / 1e9:14.2f}{share:14.0f} %{peaks[name]:26.2f}")
         note(args, method=args.method, contestant=name, images_per_s=speed, ratio=ratio, gflop_per_image=flops[name] / 1e9,
@@ -330,7 +331,7 @@ def note(args, **line):
 
 
 def peak(args, ratio, batch, pipe):
-    common.start(0)
+    common.keep_freed_memory()
     team = Contestant(f"ours, {ratio:.0%} masked", args)
     for _ in range(2):
         team.step(torch.randn(batch, 3, 224, 224, device=args.device))
@@ -352,7 +353,7 @@ def batch(args):
         print(f"{ratio:4.0%} masked: {size:4} pairs, {measured(ratio, size):.2f} GiB", flush=True)
 
 
-def data(args):
+def loading(args):
     import torchvision
     from PIL import Image
     from torchvision.transforms import v2
@@ -365,13 +366,18 @@ def data(args):
                 grain = np.asarray(smooth) + random.normal(0, 14, (375, 500, 3))
                 Image.fromarray(grain.clip(0, 255).astype(np.uint8)).save(f"{top}/{i}.jpg", quality=90)
         big = sorted(str(p) for p in Path(args.folder or top).rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))[:256]
-        common.shrink(str(Path(args.folder or top)), f"{top}/small")
-        small = sorted(str(p) for p in Path(top, "small").rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))[:256]
+        small = []
+        for i, path in enumerate(big):
+            with Image.open(path) as image:
+                scale = 256 / min(image.size)
+                size = [round(side * min(1, scale)) for side in image.size]
+                small.append(f"{top}/small-{i}.jpg")
+                image.convert("RGB").resize(size, Image.Resampling.BICUBIC).save(small[-1], quality=90)
         usual = v2.Compose([torchvision.transforms.RandomResizedCrop(224, (0.2, 1), interpolation=v2.InterpolationMode.BICUBIC),
                             torchvision.transforms.RandomHorizontalFlip(), torchvision.transforms.ToTensor(),
-                            torchvision.transforms.Normalize(common.MEAN, common.STD)])
-        plain, ours_big, ours_small = (common.Pictures(p, transform=t) for p, t in
-                                       ((big, None), (big, common.augment(224, 0.2)), (small, common.augment(224, 0.2))))
+                            torchvision.transforms.Normalize(data.MEAN, data.STD)])
+        plain, ours_big, ours_small = (data.ImageDataset(p, transform=t) for p, t in
+                                       ((big, None), (big, data.augment(224, 0.2)), (small, data.augment(224, 0.2))))
         jobs = {"Pillow, usual transforms": lambda i: usual(Image.open(big[i]).convert("RGB")),
                 "ours": lambda i: ours_big[args.rounds, i], "ours, shrunk once to 256": lambda i: ours_small[args.rounds, i],
                 "ours, decoding only": lambda i: plain.read(i)}
@@ -445,7 +451,7 @@ def hours(args):
     recipes = {"mae.py": (mae, ours), "maskdistill.py": (maskdistill, our_student), "dtm.py": (dtm, our_morphing), "amt.py": (amt, our_attention),
                "supmim.py": (supmim, our_classifier), "flip.py --preset laion": (flip, functools.partial(our_pairs, mask_ratio=0.5, towers="flip", length=32))}
     print(f"eight GPUs at {args.tflops:.0f} TFLOP/s each; a core decodes {args.decode[0]} JPEGs a second, or {args.decode[1]} shrunk ones\n"
-          f"{'':24}pictures, millions   GFLOP/picture   hours   images/s   cores   shrunk")
+          f"{'':24}images, millions   GFLOP/image   hours   images/s   cores   shrunk")
     for label, (script, make) in recipes.items():
         preset, work = script.PRESETS["laion" if script is flip else "imagenet"], count(make)
         seen = preset["epochs"] * preset.get("epoch_pairs", train)
@@ -461,19 +467,19 @@ def hours(args):
 
 @torch.no_grad()
 def features(args):
-    cfg = evaluate.Config("knn", args.checkpoint, args.folder, workers=1)
-    device = common.start(0)
+    cfg = evaluate.Config(protocol="knn", checkpoint=args.checkpoint, data=args.folder, workers=1)
+    device = common.init_distributed(cfg)
     encoder, _, about = evaluate.load_encoder(cfg)
     encoder.to(device).eval()
     cfg.image_size = about["config"]["image_size"]
-    pictures = common.open_data(cfg.data, "").test
-    batch = common.to_device(torch.stack([pictures.through(common.Centre(cfg.image_size))[0, i][0] for i in range(min(500, len(pictures)))]), device)
-    passes, times = len(pictures) // len(batch), {"extraction": [], "forward": []}
+    images = data.open_data(cfg.data, "").test
+    batch = data.to_device(torch.stack([images.with_transform(data.CenterCrop(cfg.image_size))[0, i][0] for i in range(min(500, len(images)))]), device)
+    passes, times = len(images) // len(batch), {"extraction": [], "forward": []}
     for _ in range(args.rounds):
-        times["extraction"].append(clock(lambda: evaluate.all_features(cfg, encoder, pictures, device), device.type) / len(pictures))
+        times["extraction"].append(clock(lambda: evaluate.all_features(cfg, encoder, images, device), device.type) / len(images))
         times["forward"].append(clock(lambda: [encoder.encode(batch) for _ in range(passes)], device.type) / (len(batch) * passes))
     speed = {name: 1 / statistics.median(seconds) for name, seconds in times.items()}
-    print(f"{len(pictures)} pictures, {device_name(device.type)}: {speed['extraction']:.0f} images/s extracted, {speed['forward']:.0f} "
+    print(f"{len(images)} images, {device_name(device.type)}: {speed['extraction']:.0f} images/s extracted, {speed['forward']:.0f} "
           f"forward alone: {100 * speed['extraction'] / speed['forward']:.0f} %")
 
 
@@ -496,8 +502,8 @@ def arguments(argv=None):
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--one-at-a-time", action="store_true", help="a new process for every turn: memory for one contestant only")
     parser.add_argument("--tflops", type=float, default=400, help="that a GPU reaches, for `hours`")
-    parser.add_argument("--decode", type=int, nargs=2, default=[844, 1625], help="pictures a core decodes a second, for `hours`")
-    parser.add_argument("--folder", default="", help="pictures for `data` and `features`")
+    parser.add_argument("--decode", type=int, nargs=2, default=[844, 1625], help="images a core decodes a second, for `hours`")
+    parser.add_argument("--folder", default="", help="images for `data` and `features`")
     parser.add_argument("--checkpoint", default="none", help="encoder for `features`")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--results", help="file to which `train` and `data` add a JSON line for each contestant")
@@ -507,7 +513,7 @@ def arguments(argv=None):
 
 def main(argv=None):
     args = arguments(argv)
-    globals()[args.what](args)
+    {"train": train, "batch": batch, "data": loading, "morph": morph, "hours": hours, "features": features}[args.what](args)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ import data
 import evaluate
 import mae
 from conftest import ROOT, draw, golden
-from test_train import close, photos, tiny               # noqa: F401, photos is a fixture
+from test_train import checkpoint, close, moments, photos, tiny     # noqa: F401, photos is a fixture
 
 VIT = dict(model="micro", image_size=16, patch_size=4)
 FROM_CHECKPOINT = dict(model="", image_size=None, patch_size=None)
@@ -204,15 +205,17 @@ def test_classifier_pools_as_released():
     encoder, images = vit(), torch.randn(2, 3, 16, 16)
     tokens = encoder.encode(images)
     cls = evaluate.Classifier(encoder, 3, "cls")
+    torch.nn.init.normal_(cls.head.weight)               # its own weights would hide all differences
     torch.testing.assert_close(cls(images), cls.head(tokens[:, 0]))
     encoder = vit()
     raw = []
     encoder.norm.register_forward_hook(lambda m, x, y: raw.append(x[0]))
     encoder.encode(images)
     mean = evaluate.Classifier(encoder, 3, "mean")
+    assert mean.head.weight.std() < 4e-5 and encoder.pos_embed.requires_grad
+    torch.nn.init.normal_(mean.head.weight)
     torch.testing.assert_close(mean(images), mean.head(F.layer_norm(raw[0][:, 1:].mean(1), (16,), eps=1e-6)))
     assert set(mean.weights()) == set(encoder.state_dict()) | {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
-    assert mean.head.weight.std() < 4e-5 and encoder.pos_embed.requires_grad
 
 
 def test_taps():
@@ -277,7 +280,7 @@ def test_erasing():
     torch.manual_seed(0)
     picture = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
     assert torch.equal(evaluate.Erase(0.0)(picture), picture)
-    erase, changed = evaluate.Erase(1.0), []
+    erase, changed, noise = evaluate.Erase(1.0), [], []
     for _ in range(50):
         new = erase(picture)
         where = (new != picture).any(0)
@@ -286,6 +289,11 @@ def test_erasing():
         assert where.sum() > 0.9 * box[0].numel()        # a whole rectangle, and nothing else
         changed.append(where.float().mean().item())
         assert box.std() > 30
+        noise.append(box.flatten(1))
+    noise = torch.cat(noise, dim=1) / 255                # that of normalised images, all but uncut
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], dtype=torch.double)
+    torch.testing.assert_close(noise.mean(dim=1), mean, atol=0.01, rtol=0)
+    torch.testing.assert_close(noise.std(dim=1), std, atol=0, rtol=0.06)
     assert 0.01 < min(changed) and max(changed) < 0.34
     torch.manual_seed(0)
     assert 0.15 < np.mean([not torch.equal(evaluate.Erase(0.25)(picture), picture) for _ in range(400)]) < 0.35
@@ -436,6 +444,8 @@ def test_other_image_size_resizes_positions(tmp_path):
     (lambda s: s.pop("blocks.1.norm1.bias"), "missing 1 [blocks.*.norm1.bias]"),
     (lambda s: s.update({"dist_token": torch.zeros(1)}), "unexpected 1 [dist_token]"),
     (lambda s: s.update({"dist_token": torch.zeros(1), "pos_embed": torch.zeros(1, 18, 16)}),
+     "unexpected 1 [dist_token]"),
+    (lambda s: s.update({"pos_embed": torch.zeros(1, 18, 16)}),
      "pos_embed has 17 rows for patches"),
     (lambda s: s.update({"cls_token": torch.zeros(1, 1, 8)}), "of another size 1 [cls_token]"),
     (lambda s: s.update({"pos_embed": torch.zeros(1, 16, 16)}), "pos_embed has no row for the class token"),
@@ -480,8 +490,11 @@ def test_an_edited_row_of_sizes_does_not_change_an_old_run(photos, monkeypatch):
     model, _, about = evaluate.load_encoder(evaluate.Config(checkpoint="run/checkpoint.pt"))
     assert [about["config"][name] for name in ("embed_dim", "depth", "num_heads")] == [16, 2, 2]
     assert len(model.blocks) == 2 and model.blocks[0].attn.num_heads == 2
-    with pytest.raises(common.UserError, match="does not fit: missing 0 .* of another size"):
-        evaluate.load_encoder(evaluate.Config(checkpoint="run/checkpoint.pt", model="micro"))
+    for row, words in (((32, 1, 4), "missing 0 .*, unexpected 12 "),
+                       ((32, 2, 4), "of another size ")):
+        monkeypatch.setitem(mae.SIZES, "micro", row)
+        with pytest.raises(common.UserError, match=f"does not fit: {words}"):
+            evaluate.load_encoder(evaluate.Config(checkpoint="run/checkpoint.pt", model="micro"))
 
 
 def test_the_old_runs_device_and_the_like_do_not_matter(photos):    # noqa: F811
@@ -577,6 +590,423 @@ def test_maes_probe(photos):                             # noqa: F811
         evaluated("linear", cached=False, batch_size=1, output="other")
 
 
+# --------------------------------------------------------------------------- recipes, written out
+# All of them: 40 images, 10 a step, 2 epochs of 4 steps, half an epoch of warm-up, 5 steps trained.
+RECIPE = dict(checkpoint="encoder.pth", batch_size=10, epochs=2, warmup_epochs=0.5, max_steps=5)
+MEAN, STD = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
+
+
+def seed_of(*numbers):
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def rate(step, peak, minimum, shape="cosine", steps=4):
+    """Of an epoch of `steps` steps."""
+    warmup, total = steps / 2, 2 * steps
+    if step < warmup:
+        return peak * step / warmup
+    done = (step - warmup) / (total - warmup)
+    left = 1 - done if shape == "linear" else (1 + np.cos(np.pi * done)) / 2
+    return minimum + (peak - minimum) * left
+
+
+def order_of(step, images=40, size=10):
+    """(epoch, numbers of the images) of a step."""
+    epoch, position = divmod(step, images // size)
+    order = torch.randperm(images, generator=torch.Generator().manual_seed(epoch)).tolist()
+    return epoch, order[size * position:size * (position + 1)]
+
+
+def batch_of(dataset, step):
+    """Normalised images and labels of a step."""
+    epoch, order = order_of(step)
+    images, labels, _ = zip(*(dataset[epoch, i] for i in order))
+    return (torch.stack(images) / 255 - MEAN) / STD, torch.tensor(labels)
+
+
+def drawn_encoder():
+    """An encoder without zeros and ones, and its weights in encoder.pth."""
+    torch.manual_seed(3)
+    encoder = mae.VisionTransformer(16, 4, 16, 2, 2)
+    with torch.no_grad():
+        for p in encoder.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    torch.save(encoder.state_dict(), "encoder.pth")
+    return encoder
+
+
+def tokens_of(encoder, images, drop_path=0.0):
+    """Tokens before the last norm; the first block drops nothing, the second with that chance."""
+    x = encoder.patch_embed(mae.patchify(images, 4)) + encoder.pos_embed[:, 1:]
+    x = torch.cat([(encoder.cls_token + encoder.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
+    for block, chance in zip(encoder.blocks, (0.0, drop_path)):
+        x = x + stochastic_depth(block.attn(block.norm1(x)), chance, "row")
+        x = x + stochastic_depth(block.mlp(block.norm2(x)), chance, "row")
+    return x
+
+
+@torch.no_grad()
+def raw_tokens(encoder, dataset):
+    """Those of the images' centres, before the last norm."""
+    centres = dataset.with_transform(data.CenterCrop(16))
+    images = torch.stack([centres[0, i][0] for i in range(len(centres))])
+    return tokens_of(encoder, (images / 255 - MEAN) / STD)
+
+
+def groups_of(model, decay, weight_decay):
+    """A group for each parameter, with its name and the factor on its learning rate: 1 for heads
+    and the norm after the two blocks, `decay` and its square for these, its cube below."""
+    groups = []
+    for name, p in model.named_parameters():
+        layer = name.removeprefix("encoder.")
+        power = {"c": 3, "p": 3}.get(layer[0], 0)        # cls_token, pos_embed, patch_embed
+        power = 2 - int(layer.split(".")[1]) if layer.startswith("blocks") else power
+        decayed = p.ndim > 1 and layer not in ("cls_token", "pos_embed")
+        groups.append({"params": [p], "name": name, "factor": decay ** power,
+                       "weight_decay": weight_decay if decayed else 0.0})
+    return groups
+
+
+def adam_step(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["factor"]
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def averages(optimizer):
+    """AdamW's averages of the gradients, by name."""
+    return {group["name"]: optimizer.state[p]["exp_avg"]
+            for group in optimizer.param_groups for p in group["params"]}
+
+
+def saved_averages(folder, model, groups):
+    """Those of a checkpoint, whose groups are the script's."""
+    name_of = {id(p): name for name, p in model.named_parameters()}
+    names = [name_of[id(p)] for group in groups for p in group["params"]]
+    return dict(zip(names, moments(folder).values(), strict=True))
+
+
+def without_keys(state):
+    """Of the attentive head, without the bias of its keys, which has no effect: see `close`."""
+    return {name: value[16:] if name == "kv.bias" else value for name, value in state.items()}
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_recipe_of_fine_tuning(photos, pool):            # noqa: F811
+    """Tables 9 and 11 of MAE: mixing, smoothing, drop path, decay per layer, averaged weights."""
+    encoder = drawn_encoder()
+    mixed = dict(drop_path=0.5, mixup=0.8, cutmix=1.0, smoothing=0.2, ema=0.7, randaugment=9,
+                 erasing=0.5, crop_scale=0.5)
+    evaluated("finetune", **RECIPE, **mixed, pool=pool, base_lr=0.5, min_lr=0.01, weight_decay=2.0,
+              beta2=0.9, layer_decay=0.5)
+    torch.manual_seed(0)                                 # decides the new classifier
+    model = evaluate.Classifier(encoder, 2, pool)
+    groups = groups_of(model, 0.5, 2.0)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.9), eps=1e-8)
+    augment = [data.augment(16, 0.5, randaugment=9), evaluate.Erase(0.5)]
+    dataset = data.open_data("photos", "").train.with_transform(v2.Compose(augment))
+    mixup = v2.MixUp(alpha=0.8, num_classes=2)
+    cutmix = v2.CutMix(alpha=1.0, num_classes=2)
+    mixes = v2.RandomChoice([mixup, cutmix])
+    average = None
+    for step in range(5):
+        images, labels = batch_of(dataset, step)
+        torch.manual_seed(seed_of(0, step))
+        images, labels = mixes(images, labels)
+        x = tokens_of(encoder, images, drop_path=0.5)
+        x = model.fc_norm(x[:, 1:].mean(dim=1)) if pool == "mean" else encoder.norm(x[:, 0])
+        labels = 0.8 * labels + 0.2 / 2
+        loss = -(labels * model.head(x).log_softmax(dim=1)).sum(dim=1).mean()
+        loss.backward()
+        adam_step(optimizer, rate(step, 0.5 * 10 / 256, 0.01))
+        weights = {name: value.clone() for name, value in model.state_dict().items()}
+        average = average or weights
+        average = {name: 0.7 * average[name] + 0.3 * weights[name] for name in weights}
+    found = checkpoint("eval-finetune")["model"]
+    close(weights, {name.removeprefix("0."): value for name, value in found.items()})
+    close(average, {name.removeprefix("1.module."): value for name, value in found.items()})
+    own = evaluate.layer_decay_groups(model, 2.0, 0.5)
+    close(averages(optimizer), saved_averages("eval-finetune", model, own))
+    for name, expected in (("finetuned", weights), ("finetuned-ema", average)):
+        written = torch.load(f"eval-finetune/{name}.pt", weights_only=True)["model"]
+        close({n.removeprefix("encoder."): value for n, value in expected.items()}, written)
+
+
+@pytest.mark.parametrize("features", ["mean", "cls-raw"])
+def test_recipe_of_maes_probe(photos, features):         # noqa: F811
+    """Appendix A.1: batch normalisation without weights, LARS, nothing but crops and flips."""
+    encoder = drawn_encoder()
+    evaluated("linear", **RECIPE, cached=False, features=features, crop_scale=0.5, base_lr=800.0,
+              min_lr=5.0, weight_decay=0.5)
+    torch.manual_seed(0)
+    head = evaluate.LinearHead(16, 2, features)
+    weight, bias = head.fc.weight, head.fc.bias
+    momentum = [torch.zeros_like(weight), torch.zeros_like(bias)]
+    running_mean, running_var = torch.zeros(16), torch.ones(16)
+    train = data.open_data("photos", "").train
+    dataset = train.with_transform(data.augment(16, 0.5))
+    for step in range(5):
+        images, labels = batch_of(dataset, step)
+        with torch.no_grad():
+            tokens = tokens_of(encoder, images)
+            tokens = tokens if features.endswith("raw") else encoder.norm(tokens)
+            x = tokens[:, 0] if features.startswith("cls") else tokens[:, 1:].mean(dim=1)
+        running_mean = 0.9 * running_mean + 0.1 * x.mean(dim=0)
+        running_var = 0.9 * running_var + 0.1 * x.var(dim=0)
+        x = (x - x.mean(dim=0)) / (x.var(dim=0, unbiased=False) + 1e-6).sqrt()
+        logits = x @ weight.T + bias
+        loss = -logits.log_softmax(dim=1)[torch.arange(10), labels].mean()
+        gradients = torch.autograd.grad(loss, [weight, bias])
+        with torch.no_grad():
+            change = gradients[0] + 0.5 * weight         # the bias: neither decayed nor scaled
+            change = change * 0.001 * weight.norm() / change.norm()
+            momentum = [0.9 * m + c for m, c in zip(momentum, (change, gradients[1]))]
+            for p, m in zip((weight, bias), momentum):
+                p -= rate(step, 800.0 * 10 / 256, 5.0) * m
+    state = checkpoint("eval-linear")
+    expected = {"fc.weight": weight.data, "fc.bias": bias.data, "norm.running_mean": running_mean,
+                "norm.running_var": running_var}
+    found = {name: state["model"][name] for name in expected}
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    found = [state["optimizer"]["state"][i]["momentum"] for i in (0, 1)]
+    torch.testing.assert_close(found, momentum, rtol=1e-4, atol=1e-8)
+
+
+def test_recipe_of_the_attentive_probe(photos):          # noqa: F811
+    encoder = drawn_encoder()
+    evaluated("attentive", **RECIPE, crop_scale=0.5, base_lr=0.5, min_lr=0.01, weight_decay=2.0,
+              beta2=0.9)
+    torch.manual_seed(0)
+    head = evaluate.AttentiveHead(16, 2, 1)
+    decays = {"query": 2.0, "kv.weight": 2.0, "kv.bias": 0.0, "fc.weight": 2.0, "fc.bias": 0.0}
+    groups = [{"params": [p], "factor": 1.0, "name": name, "weight_decay": decays[name]}
+              for name, p in head.named_parameters()]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.9), eps=1e-8)
+    dataset = data.open_data("photos", "").train.with_transform(data.augment(16, 0.5))
+    for step in range(5):
+        images, labels = batch_of(dataset, step)
+        with torch.no_grad():
+            tokens = encoder.norm(tokens_of(encoder, images))
+        F.cross_entropy(head(tokens), labels).backward()
+        adam_step(optimizer, rate(step, 0.5 * 10 / 256, 0.01))
+    close(*map(without_keys, (head.state_dict(), checkpoint("eval-attentive")["model"])))
+    own = common.parameter_groups(head, 2.0)
+    close(*map(without_keys, (averages(optimizer), saved_averages("eval-attentive", head, own))))
+
+
+def test_recipe_of_the_sweep(photos, monkeypatch):       # noqa: F811
+    """Each layer as if it were trained alone, on standardised features, by SGD at its own rate; the
+    rate is chosen by layers that never saw the held-out images."""
+    encoder = drawn_encoder()
+    honest, scored = data.topk_accuracy, []
+    monkeypatch.setattr(data, "topk_accuracy",
+                        lambda *given: scored.append(given[0]) or honest(*given))
+    result = evaluated("linear", **RECIPE, features="mean-raw", base_lr=1.0, min_lr=0.001,
+                       weight_decay=0.2)
+    splits = data.open_data("photos", "")
+    features = [raw_tokens(encoder, part)[:, 1:].mean(dim=1)
+                for part in (splits.train, splits.test)]
+    mean, std = features[0].mean(dim=0), features[0].std(dim=0) + 1e-6
+    x, test = ((part - mean) / std for part in features)
+    y, test_y = (torch.from_numpy(part.labels) for part in (splits.train, splits.test))
+    held = torch.zeros(40)
+    for label in (0, 1):
+        held[(y == label).nonzero()[[9, 19], 0]] = 1     # every tenth of 20
+    found = checkpoint("eval-linear")["model"]
+    rates = [10 ** (i / 2 - 2) for i in range(10)]
+    scores = {"held": [], "known": [], "test": []}       # of each rate
+    logits_of = []                                       # of the test images
+    for i, factor in enumerate(rates):
+        layers = {}
+        for seen in ("rest", "all"):
+            weight = torch.zeros(2, 16, requires_grad=True)
+            bias = torch.zeros(2, requires_grad=True)
+            momentum = [torch.zeros_like(weight), torch.zeros_like(bias)]
+            for step in range(5):
+                _, rows = order_of(step)
+                logits = x[rows] @ weight.T + bias
+                losses = F.cross_entropy(logits, y[rows], reduction="none")
+                losses = losses * (1 - held[rows]) if seen == "rest" else losses
+                gradients = torch.autograd.grad(losses.sum() / 10, [weight, bias])
+                with torch.no_grad():
+                    changes = gradients[0] + 0.2 * weight, gradients[1]
+                    momentum = [0.9 * m + c for m, c in zip(momentum, changes)]
+                    for p, m in zip((weight, bias), momentum):
+                        p -= factor * rate(step, 1.0 * 10 / 256, 0.001) * m
+            layers[seen] = weight.data, bias.data
+        for j, part in enumerate(("weight", "bias")):
+            expected = torch.cat([layers["rest"][j], layers["all"][j]])
+            torch.testing.assert_close(found[f"fcs.{i}.{part}"], expected, rtol=1e-4, atol=1e-5)
+        hits = {seen: (features @ layers[layer][0].T + layers[layer][1]).argmax(dim=1) == labels
+                for seen, layer, features, labels in (("held", "rest", x[held > 0], y[held > 0]),
+                                                      ("known", "all", x[held > 0], y[held > 0]),
+                                                      ("test", "all", test, test_y))}
+        logits_of.append(test @ layers["all"][0].T + layers["all"][1])
+        for name in scores:
+            scores[name].append(100 * hits[name].float().mean().item())
+    best = scores["held"].index(max(scores["held"]))
+    assert best != scores["known"].index(max(scores["known"])) and len(set(scores["test"])) > 2
+    assert result["chosen_lr"] == pytest.approx(1.0 * 10 / 256 * rates[best])
+    assert result["top1"] == pytest.approx(scores["test"][best])
+    torch.testing.assert_close(scored[-1], logits_of[best], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_recipe_of_segmentation(in_tmp, frozen):
+    """Decay per layer, drop path, a straight line of rates; pixels of class 255 do not count."""
+    random = np.random.RandomState(0)
+    for i in range(20):
+        save(Path(f"masks/images/{i:02}.png"), random.randint(0, 255, (16 + i % 2, 24, 3)))
+        mask = random.randint(0, 3, (16 + i % 2, 24))
+        mask[random.rand(*mask.shape) < i / 40] = 255    # not equally many
+        save(Path(f"masks/masks/{i:02}.png"), mask)
+    encoder = drawn_encoder()
+    evaluated("segment", **RECIPE | dict(batch_size=6), data="masks", frozen=frozen, crop_scale=0.5,
+              schedule="linear", drop_path=0.5, base_lr=0.8, min_lr=0.01, weight_decay=2.0,
+              beta2=0.9, layer_decay=0.5)                # 18 to train on: 3 steps an epoch
+    torch.manual_seed(0)
+    model = evaluate.Segmenter(encoder.requires_grad_(not frozen), 3)
+    groups = groups_of(model.head if frozen else model, 0.5, 2.0)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.9), eps=1e-8)
+    dataset, _, _ = evaluate.open_masked(evaluate.Config(protocol="segment", data="masks"))
+    bicubic = v2.InterpolationMode.BICUBIC
+    crop = v2.RandomResizedCrop(16, (0.5, 1.0), interpolation=bicubic)
+    dataset.transform = v2.Compose([crop, v2.RandomHorizontalFlip()])
+    for step in range(5):
+        epoch, order = order_of(step, images=18, size=6)
+        images, masks = zip(*(dataset[epoch, i][0] for i in order))
+        images, masks = torch.stack(images), torch.stack(masks).long()
+        torch.manual_seed(seed_of(0, step))
+        tokens = tokens_of(encoder, (images / 255 - MEAN) / STD, 0.0 if frozen else 0.5)
+        maps = encoder.norm(tokens)[:, 1:].reshape(6, 4, 4, 16).permute(0, 3, 1, 2)
+        logits = F.interpolate(model.head(maps), (16, 16), mode="bilinear")    # (6, 3, 16, 16)
+        logits = logits.permute(0, 2, 3, 1)[masks != 255]                      # (pixels, 3)
+        F.cross_entropy(logits, masks[masks != 255]).backward()
+        adam_step(optimizer, rate(step, 0.8 * 6 / 256, 0.01, "linear", steps=3))
+    expected, found = model.state_dict(), checkpoint("eval-segment")["model"]
+    if frozen:
+        expected = model.head.state_dict()
+    else:                                                # the norm has no effect on a batch
+        for name in ("encoder.norm.weight", "encoder.norm.bias", "head.0.running_mean",
+                     "head.0.running_var"):              # normalisation, but on what that keeps
+            del expected[name], found[name]
+    assert expected.keys() == found.keys()
+    close(expected, found)
+    own = evaluate.layer_decay_groups(model, 2.0, 0.5)
+    moved = saved_averages("eval-segment", model, own)
+    expected = averages(optimizer)
+    close(expected if not frozen else {f"head.{n}": v for n, v in expected.items()}, moved)
+
+
+def test_figures_of_knn_and_retrieval(photos):           # noqa: F811
+    encoder = drawn_encoder()
+    splits = data.open_data("photos", "")
+    features, figures = {}, {}
+    for part in ("train", "test"):
+        tokens = raw_tokens(encoder, getattr(splits, part))
+        with torch.no_grad():
+            normed = encoder.norm(tokens)
+        features[part] = {"cls": normed[:, 0], "mean": normed[:, 1:].mean(dim=1),
+                          "cls-raw": tokens[:, 0], "mean-raw": tokens[:, 1:].mean(dim=1)}
+    train_y, test_y = (torch.from_numpy(part.labels) for part in (splits.train, splits.test))
+    for tap in features["train"]:
+        queries = features["test"][tap]
+        similarity = F.cosine_similarity(queries[:, None], features["train"][tap], dim=2)
+        for k in (1, 10, 20, 100, 200):
+            best = similarity.topk(min(k, 40), dim=1)
+            votes = (best.values / 0.07).softmax(dim=1)
+            for_b = (votes * train_y[best.indices]).sum(dim=1) > 0.5
+            figures[f"{tap}_{k}"] = 100 * (for_b == test_y.bool()).float().mean().item()
+    for tap in ("mean", "cls-raw"):
+        result = evaluated("knn", checkpoint="encoder.pth", features=tap)
+        assert {name: result[name] for name in figures} == pytest.approx(figures)
+        assert result["top1"] == pytest.approx(figures[f"{tap}_20"])
+        result = evaluated("retrieval", checkpoint="encoder.pth", features=tap)
+        expected = evaluate.ranking(features["test"][tap], test_y)
+        found = [result[name] for name in ("recall1", "recall5", "map")]
+        assert found == pytest.approx(expected, rel=1e-4)
+    assert figures["cls-raw_10"] != figures["cls-raw_20"] != figures["mean_20"]
+
+
+def test_seeds_of_a_step(monkeypatch):
+    """What is drawn depends on the seed, the step, the micro-batch and the process."""
+    seeds = {}
+    model = torch.nn.Linear(1, 1)
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        seeds[rank] = []
+
+        def loss_of(batch):
+            seeds[rank].append(torch.initial_seed())
+            return model(torch.ones(1)).sum()
+
+        run = argparse.Namespace(steps=lambda batches: [(3, batches[:2]), (4, batches[2:])],
+                                 steps_per_epoch=4, end_step=lambda *_: None)
+        optimizer = torch.optim.SGD(model.parameters())
+        cfg = evaluate.Config(seed=7, accumulate=2)
+        evaluate.fit(cfg, run, model, optimizer, [0, 1, 2, 3], loss_of)
+        expected = [seed_of(7, step, i, rank) for step in (3, 4) for i in (0, 1)]
+        assert seeds[rank] == expected
+    assert len({*seeds[0], *seeds[1]}) == 8
+
+
+def test_nothing_is_dropped_while_images_are_scored(photos, monkeypatch):    # noqa: F811
+    """Drop path is off and batch normalisation has its own averages: logits do not depend on the
+    draws and on the other images of a batch."""
+    for i in range(12):
+        random = np.random.RandomState(i)
+        save(Path(f"masks/images/{i:02}.png"), random.randint(0, 255, (16, 24, 3)))
+        save(Path(f"masks/masks/{i:02}.png"), random.randint(0, 3, (16, 24)))
+    features, pictures, calls = data.features, evaluate.segment_pictures, []
+
+    def features_twice(encode, *args, **options):
+        first, _ = features(encode, *args, **options)
+        second, labels = features(encode, *args, **options, batch_size=1)
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-7)
+        calls.append(1)
+        return second, labels
+
+    def pictures_twice(cfg, model, *args):
+        logits = []
+        hook = model.register_forward_hook(lambda module, images, out: logits.append(out))
+        pictures(cfg, model, *args)
+        count = len(logits)
+        found = pictures(cfg, model, *args)
+        hook.remove()
+        assert all(map(torch.equal, logits[:count], logits[count:])) and len(logits) == 2 * count
+        calls.append(1)
+        return found
+
+    monkeypatch.setattr(data, "features", features_twice)
+    monkeypatch.setattr(evaluate, "segment_pictures", pictures_twice)
+    evaluated("finetune", drop_path=0.9, epochs=2, ema=0.5)
+    assert len(calls) == 4                               # two epochs, two models
+    evaluated("linear", cached=False, epochs=2)
+    assert len(calls) == 6
+    evaluated("segment", data="masks", frozen=False, drop_path=0.9)
+    assert len(calls) > 7
+
+
+def optimizer_averages(state):
+    """What AdamW or SGD averages of the gradients, whose scale AdamW itself would forgive."""
+    return {f"{i} {name}": value for i, part in state["optimizer"]["state"].items()
+            for name, value in part.items() if name in ("exp_avg", "momentum_buffer")}
+
+
+def test_accumulation_is_one_large_batch(photos):        # noqa: F811
+    """Two images a micro-batch, into the second epoch."""
+    drawn_encoder()
+    for protocol in ("finetune", "attentive", "linear"):
+        for accumulate in (1, 5):
+            evaluated(protocol, **RECIPE, accumulate=accumulate, crop_scale=0.5, smoothing=0.1,
+                      base_lr=0.1, output=f"{protocol}{accumulate}")
+        one, five = (checkpoint(f"{protocol}{accumulate}") for accumulate in (1, 5))
+        close(*map(without_keys, (one["model"], five["model"])))
+        close(*map(optimizer_averages, (one, five)))
+        assert one["epoch_losses"] == pytest.approx(five["epoch_losses"], rel=1e-5)
+
+
 def test_segmentation_trains_the_encoder_only_when_asked(in_tmp):
     for frozen in (True, False):
         evaluated("segment", data="shapes", frozen=frozen, max_steps=2, output=f"{frozen}")
@@ -639,7 +1069,8 @@ def test_scores_come_as_often_as_asked_and_at_the_end(photos):     # noqa: F811
 
 
 def test_fine_tuned_checkpoint_is_scored_again(photos):  # noqa: F811
-    result = evaluated("finetune", epochs=2, ema=0.5)
+    result = evaluated("finetune", epochs=2, ema=0.9, base_lr=0.5)
+    assert result["top1"] != result["ema_top1"]
     assert set(torch.load("eval-finetune/finetuned.pt", weights_only=True)["model"]) >= {"fc_norm.weight", "head.bias"}
     again = evaluated("finetune", checkpoint="eval-finetune/finetuned.pt", eval=True, output="again", **FROM_CHECKPOINT)
     average = evaluated("finetune", checkpoint="eval-finetune/finetuned-ema.pt", eval=True, output="again", **FROM_CHECKPOINT)
@@ -663,33 +1094,48 @@ mae.SIZES["micro"] = (16, 2, 2)
 common.LOG_EVERY = 1
 run = lambda p, **changes: evaluate.evaluate(evaluate.Config(protocol=p, **dict(data="photos", output=p + sys.argv[1]) | FAST | VIT | changes))
 results = [run("knn"), run("retrieval"), run("linear", accumulate=5)]
-run("finetune", epochs=2), run("linear", cached=False, output="bn" + sys.argv[1])
+run("linear", cached=False, output="bn" + sys.argv[1])
+one = dict(epochs=2, batch_size=12, max_steps=5, crop_scale=0.5, smoothing=0.1, weight_decay=0.05)
+for protocol in ("linear", "attentive", "finetune"):     # 3 steps an epoch: into the second one
+    for name, accumulate in (("plain", 1), ("accumulated", common.world_size())):
+        output = protocol + "-" + name + "-" + sys.argv[1]
+        run(protocol, accumulate=accumulate, output=output, **one)
 results.append(evaluate.evaluate(evaluate.Config(protocol="finetune", checkpoint="tuned/finetuned.pt", data="photos", output="out", eval=True)))
 cfg = evaluate.Config(protocol="segment", image_size=16, data="masks")
 torch.manual_seed(0)
 model, (_, test, _) = evaluate.Segmenter(vit(), 3), evaluate.open_masked(cfg)
 results.append(evaluate.segmentation(cfg, model, test, 3, torch.device("cpu")).tolist())
+norm = torch.nn.BatchNorm1d(2)
+norm.running_mean.fill_(common.rank())
+evaluate.ready(norm)                                     # the first process's averages for all
+assert not norm.training and norm.running_mean.tolist() == [0, 0]
 if common.rank() == 0:
     json.dump(results, open(sys.argv[1], "w"))
 """
 
 
-def test_two_processes_score_what_one_does(photos):      # noqa: F811
+def test_two_processes_score_what_one_does(photos, monkeypatch):      # noqa: F811
     for i in range(50):
         save(Path(f"masks/images/{i:02}.png"), np.random.RandomState(i).randint(0, 255, (16 + i % 3, 24, 3)))
         save(Path(f"masks/masks/{i:02}.png"), np.random.RandomState(i).randint(0, 3, (16 + i % 3, 24)))
     Path("photos/val/a/40.png").write_text("text")       # 9 pictures remain to be scored: an odd number
     evaluated("finetune", output="tuned")
     Path("scores.py").write_text(SCORES.format(root=str(ROOT)))
-    for launch in (["one.json"], ["two.json"]):
-        processes = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] * (launch == ["two.json"])
-        done = subprocess.run([sys.executable, *processes, "scores.py", *launch], capture_output=True, text=True,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
-        assert done.returncode == 0, done.stderr[-2000:]
+    monkeypatch.setattr(sys, "argv", ["scores.py", "one.json"])
+    runpy.run_path("scores.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*launch, "scores.py", "two.json"], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
     one, two = json.load(open("one.json")), json.load(open("two.json"))
     assert one == two and len(one) == 5 and sum(map(sum, one[4])) == sum((16 + i % 3) * 24 for i in range(9, 50, 10))
-    for protocol in ("linear", "finetune"):              # and training agrees
-        close(*(torch.load(f"{protocol}{name}/checkpoint.pt", weights_only=True)["model"] for name in ("one.json", "two.json")))
+    for protocol in ("linear", "attentive", "finetune"):  # and training agrees
+        for name in ("plain", "accumulated"):            # 6 images a process, or twice 3
+            states = [checkpoint(f"{protocol}-{name}-{which}.json") for which in ("one", "two")]
+            close(*(without_keys(state["model"]) for state in states))
+            close(*map(optimizer_averages, states))
+            first, second = (state["epoch_losses"] for state in states)
+            assert first == pytest.approx(second, rel=1e-5) and len(first) == 2
 
 
 @pytest.mark.parametrize("argv, words", [

@@ -29,9 +29,10 @@ import common
 import data
 import evaluate
 import flip
+import mae
 from conftest import ROOT, draw, golden
 from flip import FLIP, Bytes, BytePairs, Config, Shards, Tokenizer, WordPieces, contrastive_loss, multiplications
-from test_train import close, photos, same, weights     # noqa: F401, photos is a fixture
+from test_train import checkpoint, close, moments, photos, same, weights     # noqa: F401, photos is a fixture
 
 FIGURES = golden("clip")
 SIZE = dict(image_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, text_width=12, text_depth=2, text_heads=2,
@@ -50,6 +51,10 @@ def small(seed=0, **changes):
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
     return model
+
+
+def seed_of(*numbers):
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def batch(count=4, seed=0):
@@ -263,6 +268,30 @@ def test_what_the_text_tower_reads(towers):
     assert not torch.equal(model.encode_text(ids), model.encode_text(first))
 
 
+@torch.no_grad()
+def test_what_is_pooled():
+    """FLIP: the mean of all tokens, the class token's, too; the first of the text's."""
+    model, (images, ids, _) = small(), batch()
+    mean = model.encode(images).mean(dim=1) @ model.image_proj.weight.T
+    torch.testing.assert_close(model.encode_image(images), mean / mean.norm(dim=1, keepdim=True))
+    x = model.text.token_embedding.weight[ids] + model.text.pos_embed
+    for block in model.text.blocks:
+        x = block(x)
+    first = model.text.norm(x[:, 0]) @ model.text.proj.weight.T
+    torch.testing.assert_close(model.encode_text(ids), first / first.norm(dim=1, keepdim=True))
+
+
+def test_images_are_normalised_as_clip_was_trained():
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+    patches = small(towers="clip").patches(data.to_device(images, "cpu"))
+    expected = flip.patchify((images / 255 - mean) / std, 4)
+    torch.testing.assert_close(patches, expected, atol=1e-5, rtol=1e-5)
+    plain = small().patches(data.to_device(images, "cpu"))
+    assert torch.equal(plain, flip.patchify(data.to_device(images, "cpu"), 4))
+
+
 def test_text_masking():
     ids, noise = batch()[1], torch.rand(4, 10, generator=torch.Generator().manual_seed(1))
     ids[0, 3:] = ids[1, 4:] = 0
@@ -276,6 +305,8 @@ def test_text_masking():
     model.text.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
     model(images, ids, more), model.encode_text(ids)
     assert seen == [5, 10]
+    visible = flip.text_masking(more[:, 16:], ids, 0.5, "padding")             # not the patches' noise
+    assert torch.equal(model(images, ids, more)[2], model.encode_text(ids, visible))
 
 
 def test_reconstruction_is_maes_loss():
@@ -284,6 +315,11 @@ def test_reconstruction_is_maes_loss():
     extra = loss - contrastive_loss(image, text, model.logit_scale.exp())
     _, _, maes = model.embed(images, ids, noise)
     assert extra.item() == pytest.approx(2 * maes.item(), rel=1e-4) and maes > 0.5
+    twin = mae.MAE(16, 4, 16, 2, 2, 8, 1, 1, mask_ratio=0.5)
+    own = model.state_dict()
+    twin.load_state_dict({name: own[name] for name in twin.state_dict()})
+    its_loss, _, _ = twin(images, noise[:, :16])
+    assert maes.item() == pytest.approx(its_loss.item(), rel=1e-5)
     loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.named_parameters() if n.startswith(("decoder_", "mask")) and p.requires_grad)
     plain = {n for n in model.state_dict() if not n.startswith(model.pretrain_only)}
@@ -429,11 +465,32 @@ def test_every_pair_once_an_epoch(shards, alone):
         assert all(len(process) == 10 and process[:5] != process[5:] for process in found)
     assert not {n for b in two[0][:5] for n in b} & {n for b in two[1][:5] for n in b}
     assert epochs_of(cfg, last=10) == one and one[0][0] != list(range(12))      # the same again, and shuffled
+    plain, = epochs_of(replace(cfg, shuffle=1), last=10)
+    for epoch in (0, 1):                                 # the shards' own order
+        order = dict.fromkeys(n // 10 for batch in plain[5 * epoch:5 * epoch + 5] for n in batch)
+        assert list(order) == np.random.RandomState(seed_of(0, epoch)).permutation(6).tolist()
     few = Shards(flip.expand("shards/000.tar"), replace(cfg, shuffle=1), tokenizer())
     for stream in (3, 11):                               # of 12: more streams than pairs
         assert len([name for name, *_ in itertools.islice(few.stream(0, stream, 12), 5)]) == 5
     many = epochs_of(tiny(data="shards", batch_size=20, shuffle=3), world=10, last=3)             # more streams than shards
     assert sorted(n for process in many for batch in process for n in batch) == list(range(60))
+
+
+def test_crops_and_captions_of_shards_change(in_tmp):
+    """From epoch to epoch, and from pair to pair; the same seed gives the same ones."""
+    same_image, _ = jpeg(0)
+    files = [((f"{i}.jpg", same_image), (f"{i}.txt", f"{i}\n1{i}")) for i in range(4)]
+    write_tar("one.tar", [file for pair in files for file in pair])
+    cfg = tiny(data="one.tar", batch_size=4, shuffle=1)
+    first, again, other = [], [], []
+    for found, seed in ((first, 0), (again, 0), (other, 1)):
+        dataset = Shards(["one.tar"], replace(cfg, seed=seed), Tokenizer(cfg))
+        dataset.transform = data.augment(16, 0.2)
+        for images, ids in dataset.batches(cfg, 0, 6):   # six epochs of one step
+            found += [(image.numpy().tobytes(), n) for image, n in zip(images, numbers(ids))]
+    assert first == again != other
+    assert len({image for image, _ in first}) == 24
+    assert {n for _, n in first} == {0, 1, 2, 3, 10, 11, 12, 13}
 
 
 def test_loader_processes_share_the_shards_and_a_run_goes_on(shards):
@@ -586,6 +643,34 @@ def test_class_features():
     torch.testing.assert_close(features, torch.stack([one, F.normalize(two + three, dim=0)]))
 
 
+def test_score_by_hand():
+    """Images 0, 1, 2 have the features e0, e1, e2; the texts those of the numbers in them."""
+    tokens, eye = tokenizer(text_length=12), torch.eye(3)
+
+    class Towers:
+        def encode_image(self, images):
+            gray = images[:, 0, 0, 0] * 0.229 + 0.485    # the images are black, gray and white
+            return eye[(2 * gray).round().long()]
+
+        def encode_text(self, ids):
+            last = [max(row.nonzero()) for row in ids]
+            return torch.stack([eye[row[i] - 1 - ord("0")][0] for row, i in zip(ids, last)])
+
+    shades = torch.tensor([0, 128, 255], dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 3, 16, 16)
+    captions = [["a 1", "a 0"], ["a 2"], ["a 1"]]        # the second one alone is right
+    retrieval = flip.Pairs(shades, captions, tokens, labels=np.arange(3))
+    labelled = data.ImageDataset(shades[[0, 1, 2, 2, 1]], [0, 0, 2, 2, 0])     # three are right
+    held_out = np.array([False, False, True])
+    source = flip.Source(data.Splits(None, None, None, []), retrieval, labelled,
+                         [["the 0", "a 0"], ["the 1"], ["the 2"]], held_out)
+    found = flip.score(Towers(), source, tiny(), tokens, torch.device("cpu"))
+    assert found == pytest.approx({
+        "zero_shot": 60, "zero_shot_top5": 100,
+        "zero_shot_seen": 100 / 3, "zero_shot_held_out": 100,
+        "image_to_text_1": 100 / 3, "image_to_text_5": 100, "image_to_text_10": 100,
+        "text_to_image_1": 25, "text_to_image_5": 100, "text_to_image_10": 100})
+
+
 def test_untrained_is_about_chance():
     cfg = tiny(data="shapes", image_size=32, text_length=40)
     tokens = Tokenizer(cfg)
@@ -594,13 +679,6 @@ def test_untrained_is_about_chance():
 
 
 # ------------------------------------------------------------------------------------------------ whole runs
-def command(*argv, processes=0, **options):
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
-    return subprocess.run([sys.executable, *launch, str(ROOT / "flip.py"), "--preset=shapes", *flags, *map(str, argv)],
-                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
-
-
 def test_short_run_learns(in_tmp):
     """A part of `python flip.py`: colors first. Then a little more with whole images."""
     found = flip.main(["--epochs=1", "--batch-size=32", "--base-lr=0.008", "--warmup-epochs=0.3"])
@@ -636,20 +714,100 @@ def test_resumed_run_equals_an_undisturbed_one(images, shards, changes):
     assert same(weights("whole"), weights("parts")) and whole == parts and "text_to_image_10" in whole
 
 
+@pytest.mark.parametrize("towers", ["flip", "clip"])
+def test_recipe(photos, towers):
+    """Five steps of a loop written out from table 10 of the paper end with the same weights."""
+    masks = dict(text_mask_ratio=0.4, text_mask="random", reconstruction=0.5)
+    masks = masks if towers == "flip" else {}
+    flip.train(tiny(data="photos", output="run", max_steps=5, towers=towers, text_length=30,
+                    crop_scale=0.5, weight_decay=2.0, base_lr=0.4, warmup_epochs=0.5, **masks))
+    torch.manual_seed(0)
+    size = SIZE | dict(depth=1, text_depth=1, text_width=16, text_length=30)
+    model = FLIP(**size, mask_ratio=0.5, towers=towers, **masks)
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    learned = {"text.pos_embed"} | ({"pos_embed"} if towers == "clip" else set())
+    assert {n for n, _ in trained if "pos_embed" in n} == learned
+    decayed = [p for n, p in trained if p.ndim > 1 and n not in learned]
+    others = [p for n, p in trained if p.ndim < 2 or n in learned]
+    groups = [{"params": decayed, "weight_decay": 2.0}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
+    train = data.open_data("photos", "").train
+    dataset = train.with_transform(data.augment(16, 0.5))
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
+    scales = []
+    assert model.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
+    for step in range(5):
+        epoch, position = divmod(step, 4)
+        order = torch.randperm(40, generator=torch.Generator().manual_seed(epoch)).tolist()
+        order = order[10 * position:10 * position + 10]
+        images = torch.stack([dataset[epoch, i][0] for i in order])
+        ids = torch.zeros(10, 30, dtype=torch.int64)
+        for row, i in zip(ids, order):                   # one of the seven captions of its class
+            caption = flip.TEMPLATES[seed_of(0, epoch, i, 1) % 7].format("ab"[train.labels[i]])
+            numbers = [1 + byte for byte in caption.encode()]
+            numbers = [257, *numbers[:29]] if towers == "flip" else [257, *numbers[:28], 258]
+            row[:len(numbers)] = torch.tensor(numbers)
+        noise = torch.rand(10, 16 + 30, generator=torch.Generator().manual_seed(seed_of(0, step)))
+        lr = 0.4 * 10 / 256                              # warm-up: half an epoch, two steps
+        lr = lr * step / 2 if step < 2 else lr / 2 * (1 + math.cos(math.pi * (step - 2) / (8 - 2)))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss, _, _ = model((images / 255 - mean) / std, ids, noise)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        scales.append(model.logit_scale.item())
+    assert 0 < min(scales) < math.log(1 / 0.07) - 0.01 and max(scales) < math.log(100)
+    close(model.state_dict(), weights("run"))
+    expected = {str(i): optimizer.state[p]["exp_avg"] for i, p in enumerate([*decayed, *others])}
+    close(expected, moments("run"))
+
+
 def test_accumulation_is_one_large_batch(photos):
+    """Two pairs a micro-batch, into the second epoch."""
     for accumulate in (1, 5):
-        flip.train(tiny(data="photos", output=f"a{accumulate}", accumulate=accumulate, max_steps=4))
+        flip.train(tiny(data="photos", output=f"a{accumulate}", accumulate=accumulate, max_steps=5,
+                        crop_scale=0.5, text_mask_ratio=0.5, text_length=30))
     close(weights("a1"), weights("a5"))
+    close(moments("a1"), moments("a5"))
+    first, second = (checkpoint(run)["epoch_losses"] for run in ("a1", "a5"))
+    assert first == pytest.approx(second, rel=1e-5) and len(first) == 1
+
+
+RUNS = """
+import sys
+sys.path.insert(0, {root!r})
+import common, flip
+common.LOG_EVERY = 1
+with common.command_line():
+    for settings in {runs!r}:
+        flip.train(flip.Config(**settings))
+"""
 
 
 def test_two_processes_equal_one_and_shards_too(photos, shards):
-    flip.train(tiny(data="photos", output="one", max_steps=4))
-    done = command("--data=photos", "--output=two", "--max-steps=4", "--accumulate=5", processes=2, cwd=photos, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    close(weights("one"), weights("two"))
+    """Several pairs a process and micro-batch, into the second epoch: losses and weights of one."""
     write_tar("shards/005.tar", [("1.jpg", jpeg(1)[0]), ("1.txt", "one"), ("2.txt", "lost"), ("3.jpg", b"broken"), ("3.txt", "three")])
-    done = command("--data=shards", "--workers=2", processes=2, cwd=photos, timeout=300)
-    assert done.returncode == 0 and "no --test-data" in done.stdout and re.search(r"\b[1-9]\d* unreadable", done.stdout), done.stderr[-2000:]
+    one = TINY | dict(data="photos", batch_size=12, max_steps=5, crop_scale=0.5,
+                      text_mask_ratio=0.5, text_length=30)       # 3 steps an epoch
+    pairs = [one | dict(output="plain"), one | dict(output="accumulated", accumulate=2)]
+    runs = [*pairs, TINY | dict(data="shards", workers=2, output="shards-run")]
+    Path("runs.py").write_text(RUNS.format(root=str(ROOT), runs=runs))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*launch, "runs.py"], capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "no --test-data" in done.stdout
+    assert re.search(r"\b[1-9]\d* unreadable", done.stdout), done.stderr[-2000:]
+    for settings in pairs:
+        two = settings["output"]
+        result = flip.train(Config(**settings | dict(output=f"{two}1")))
+        close(weights(f"{two}1"), weights(two))
+        close(moments(f"{two}1"), moments(two))
+        first, second = (checkpoint(run)["epoch_losses"] for run in (f"{two}1", two))
+        assert first == pytest.approx(second, rel=1e-5) and len(first) == 2
+        last = json.loads(open(f"{two}/metrics.jsonl").readlines()[-1])
+        assert last == pytest.approx(result, rel=1e-4)   # the zero-shot accuracies, too
 
 
 def test_the_scale_stays_below_100(photos, monkeypatch):

@@ -22,7 +22,7 @@ import mae
 import maskdistill
 from conftest import ROOT, draw, golden
 from maskdistill import MaskDistill, Teacher, VisionTransformer, block_masking, random_masking
-from test_train import close, photos, same, weights             # noqa: F401, photos is a fixture
+from test_train import checkpoint, close, moments, photos, same, weights         # noqa: F401, photos is a fixture
 
 FIGURES = golden("clip")
 SMALL = dict(image_size=32, patch_size=4, embed_dim=32, depth=2, num_heads=4, target_dim=24, min_block=4)
@@ -241,6 +241,7 @@ def test_masks(side, count, least, block, single):
         assert hidden.shape == (2000, count) and torch.equal(torch.cat([kept, hidden], 1).sort().values, torch.arange(side ** 2).expand(2000, -1))
         assert neighbours(hidden, (side, side)) == pytest.approx(pairs, rel=0.03)
         assert torch.equal(masking(noise[7:8], (side, side), count, least)[1], hidden[7:8])      # of its own noise only
+    assert torch.equal(torch.cat([kept, hidden], 1), noise[:, -side ** 2:].argsort(dim=1))       # single ones: the least noise is kept
 
 
 def test_block_masking_equals_a_loop_over_pictures():
@@ -295,8 +296,9 @@ def test_targets():
     target = model(images, teacher, noise)[2]
     assert target.mean(dim=-1).abs().max() < 1e-5 and (target.var(dim=-1, unbiased=False) - 1).abs().max() < 1e-3
     assert not target.requires_grad and torch.equal(target, model(images, teacher, noise)[2])
-    scaled = lambda images, where: 3 * teacher(images, where) - 7
-    torch.testing.assert_close(model(images, scaled, noise)[2], target, atol=1e-3, rtol=1e-3)
+    for move in (lambda where: 3.0, lambda where: 3.0 + where.unsqueeze(2)):         # all alike, each token in its own way
+        scaled = lambda images, where: move(where) * teacher(images, where) - 7 * move(where)
+        torch.testing.assert_close(model(images, scaled, noise)[2], target, atol=1e-3, rtol=1e-3)
     model.normalize = "l2"
     torch.testing.assert_close(model(images, teacher, noise)[2].norm(dim=-1), torch.full((3, 25), 24 ** 0.5))
     model.normalize = "none"
@@ -331,7 +333,7 @@ def test_gradient_at_visible_patches_is_zero():
     images, noise = given(model)
     tokens = []
     model.blocks[-1].register_forward_hook(lambda _, __, output: (output.retain_grad(), tokens.append(output)) and None)
-    loss, _, _, hidden = model(images, teacher, noise)
+    loss, hidden = model(images, teacher, noise)[0], model.masks(noise)[1]
     loss.backward()
     length = tokens[0].grad.abs().sum(dim=-1)            # (B, 1 + N)
     assert (length > 0).sum() == hidden.numel() and (length.gather(1, hidden + 1) > 0).all()
@@ -385,6 +387,8 @@ def test_relative_positions(side, rows):
     for i, j in np.ndindex(N, N) if side < 9 else ():    # equal offsets share a row, others do not
         assert offsets.setdefault((y[i] - y[j], x[i] - x[j]), index[1 + i, 1 + j].item()) == index[1 + i, 1 + j]
     assert side > 8 or len(set(offsets.values())) == len(offsets)
+    assert index[1, 2] == (side - 1) * 2 * side - 1      # offset of the query from the key, as in BEiT's tables: row 0, column -1
+    assert index[1 + side, 1] == side * (2 * side - 1) + side - 1              # and row 1, column 0
 
 
 def test_zero_table_is_no_bias_and_patches_may_be_permuted():
@@ -396,6 +400,18 @@ def test_zero_table_is_no_bias_and_patches_may_be_permuted():
     model.rel_pos_bias.forward = lambda: None
     torch.testing.assert_close(model.layers(x)[-1], out)
     assert not any("pos_embed" in name or "qkv.bias" in name for name in model.state_dict())
+
+
+def test_a_sparse_student_knows_where_its_patches_are():
+    """Its patches in another order are its tokens in another order; at other places they are other tokens."""
+    model = student(student="sparse")
+    nn.init.normal_(model.blocks[0].attn.qkv.weight)
+    x, where, order = draw("s", 2, 20, 32), torch.arange(11, 31).expand(2, -1), torch.randperm(20)
+    out = model.layers(x, where)[-1]
+    torch.testing.assert_close(model.layers(x[:, order], where[:, order])[-1][:, 1:], out[:, 1:][:, order])
+    assert (model.layers(x, where + 1)[-1] - out).abs().max() > 1e-3
+    whole = draw("w", 2, 64, 32)
+    torch.testing.assert_close(model.layers(whole, torch.arange(64).expand(2, -1))[-1], model.layers(whole)[-1])
 
 
 def test_attention_with_bias_by_hand():
@@ -461,6 +477,10 @@ def test_drop_path():
     quiet = model(images, frozen(), noise)[1]
     model.drop_rates = [0.0, 0.5]
     assert torch.equal(quiet, model(images, frozen(), noise[:, :model.mask_noise])[1])
+    other = noise.clone()                                # drops have numbers of their own, behind those of the masks
+    other[:, -2:] = 1 - other[:, -2:].round()
+    _, prediction, target, where = model(images, frozen(), other)
+    assert torch.equal(where, model(images, frozen(), noise)[3]) and not torch.equal(prediction, model(images, frozen(), noise)[1])
     block, bias = model.blocks[1], model.rel_pos_bias()
     y = first + 2 * block.gamma_1 * block.attn(block.norm1(first), bias)
     y = y + 2 * block.gamma_2 * block.mlp(block.norm2(y))
@@ -472,6 +492,7 @@ def test_gradients_reach_all_of_the_student_and_nothing_of_the_teacher():
         model, teacher = student(student=mode, drop_path=0.1), frozen()
         before = {n: p.clone() for n, p in teacher.named_parameters()}
         optimizer = torch.optim.AdamW(common.parameter_groups(model, 0.05, ("cls_token",)), lr=0.01)
+        teacher.requires_grad_()                         # even then nothing reaches it
         model(given(model)[0], teacher, given(model)[1])[0].backward()
         untouched = {n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
         assert not untouched and all(p.grad is None for p in teacher.parameters())
@@ -551,8 +572,142 @@ def tiny(**changes):
     return maskdistill.Config(**TINY | changes)
 
 
-def flags(**changes):
-    return ["--preset=shapes"] + [f"--{name.replace('_', '-')}={value}" for name, value in (TINY | changes).items()]
+
+RECIPE = dict(seed=3, max_steps=5, mask_ratio=0.4, min_block=3, beta=0.7, layer_scale=0.5, crop_scale=0.5, color_jitter=0.4,
+              warmup_epochs=0.5, base_lr=0.05, min_lr=3e-4, weight_decay=0.3, teacher_epochs=2, teacher_lr=0.1)
+
+
+def optimize(model, loss_of, rate, clip, steps, after=lambda: None):
+    """BEiT v2's recipe written out, ten of the 40 photos in a step: AdamW, its second beta 0.98; neither vectors nor the
+    class token are decayed; the gradient is cut to the length `clip`, in some of the steps.
+
+    loss_of: (images (10, 3, 16, 16), normalised, labels (10,), step) -> loss; rate: step -> learning rate."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    undecayed = {name for name, p in trained.items() if p.ndim == 1} | {"cls_token"}
+    groups = [[p for name, p in trained.items() if (name in undecayed) == vectors] for vectors in (False, True)]
+    optimizer = torch.optim.AdamW([dict(params=groups[0], weight_decay=0.3), dict(params=groups[1], weight_decay=0.0)],
+                                  betas=(0.9, 0.98), eps=1e-8)
+    dataset = data.open_data("photos", "", 3).train.with_transform(data.augment(16, 0.5, 0.4))
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
+    lengths = []
+    for step in range(steps):
+        epoch, position = divmod(step, 4)
+        order = torch.randperm(40, generator=torch.Generator().manual_seed(3 + epoch)).tolist()
+        images, labels, _ = zip(*(dataset[epoch, i] for i in order[10 * position:10 * position + 10]))
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step)
+        loss_of((torch.stack(images) / 255 - mean) / std, torch.tensor(labels), step).backward()
+        lengths.append(sum(p.grad.square().sum() for p in trained.values()).sqrt().item())
+        for p in trained.values():
+            p.grad *= min(1, clip / lengths[-1])
+        optimizer.step()
+        optimizer.zero_grad()
+        after()
+    assert min(lengths) < 0.95 * clip and max(lengths) > 1.05 * clip, lengths
+    return optimizer
+
+
+def averages(optimizer):
+    """As `moments` reads them from a checkpoint."""
+    return {str(i): state["exp_avg"] for i, state in optimizer.state_dict()["state"].items()}
+
+
+def peak_and_cosine(peak, warmup, total, least=0.0):
+    """step -> learning rate: a line from 0 to the peak, then half a cosine to the least."""
+    return lambda step: (peak * step / warmup if step < warmup else
+                         least + (peak - least) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2)
+
+
+def features_by_hand(kind, size, clip):
+    """What a teacher is, of a `size` and, if it is "self", trained with a `clip`: normalised images (B, 3, 16, 16) ->
+    features (B, 16, E), and E. "self" ends as the teacher of the run called run."""
+    if kind == "pixels":
+        return lambda images: mae.patchify(images, 4), 48
+    if kind == "clip.pt":                                # its projected tokens, of pixels normalised as it was trained
+        state = maskdistill.clip_to_timm(clip_state())
+        proj = state.pop("proj")
+        vit = VisionTransformer(32, 8, 128, 2, 2, pre_norm=True, act=maskdistill.quick_gelu, eps=1e-5)
+        vit.load_state_dict(state)
+        ours, clips = (torch.tensor(values).view(2, 3, 1, 1) for values in (
+            [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]],
+            [[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]]))
+
+        def encode(images, mean=clips[0], std=clips[1]):
+            pixels = F.interpolate(images * ours[1] + ours[0], (32, 32), mode="bicubic", antialias=True)
+            return vit.encode((pixels - mean) / std)[:, 1:] @ proj
+        return encode, 32
+    if kind == "random":
+        torch.manual_seed(3 + 1)
+        vit = VisionTransformer(16, 4, *size)
+        vit.init_weights()
+    else:                                                # learns the labels; a tenth of its two epochs is warm-up
+        torch.manual_seed(3)
+        vit = maskdistill.Classifier(16, 4, *size, classes=2)
+
+        def loss_of(images, labels, _):
+            logits = vit.head(vit.encode(images)[:, 1:].mean(dim=1))
+            return -logits.log_softmax(dim=1).gather(1, labels.unsqueeze(1)).mean()
+        optimizer = optimize(vit, loss_of, peak_and_cosine(0.1 * 10 / 256, 0.8, 8), clip, 8)
+        close(vit.state_dict(), weights("run-teacher"))
+        close(averages(optimizer), moments("run-teacher"))
+    return lambda images: vit.encode(images)[:, 1:], size[0]
+
+
+@pytest.mark.parametrize("kind, clip, changes", [
+    ("random", 1.2, {}), ("self", 2.5, dict(masking="random", loss="l2")),
+    ("clip.pt", 0.5, dict(teacher_feature="proj", normalize="l2")),
+    ("momentum", 0.3, dict(momentum=0.9, drop_path=0.3)), ("pixels", 0.15, dict(student="sparse", normalize="none"))])
+def test_recipe(photos, monkeypatch, kind, clip, changes):               # noqa: F811
+    """Five steps of a loop written out end with the same weights, averages of gradients, teacher."""
+    size = (16, 3, 2)
+    monkeypatch.setitem(maskdistill.SIZES, "micro", size)
+    if kind == "clip.pt":
+        torch.save(clip_state(), "clip.pt")
+    cfg = tiny(**RECIPE | changes, output="run", teacher=kind, clip_grad=clip)
+    maskdistill.train(cfg)
+    if kind != "momentum":
+        features, width = features_by_hand(kind, size, clip)
+    else:
+        average, width = VisionTransformer(16, 4, *size, relative=True, layer_scale=0.5), 16
+
+        def features(images):                            # the mean of the upper half of the blocks, without a norm
+            outputs = average.layers(average.patch_embed(mae.patchify(images, 4)), top=3)
+            return (outputs[1] + outputs[2])[:, 1:] / 2
+    torch.manual_seed(3)
+    model = MaskDistill(16, 4, *size, width, mask_ratio=0.4, masking=cfg.masking, min_block=3, student=cfg.student,
+                        layer_scale=0.5, drop_path=cfg.drop_path)
+    if kind == "momentum":
+        average.load_state_dict(model.state_dict(), strict=False)
+
+    def loss_of(images, _, step):
+        seed = int(np.random.SeedSequence((3, step)).generate_state(1)[0])
+        noise = torch.rand(10, 4 * 10 + 16 + 2 * 3, generator=torch.Generator().manual_seed(seed))
+        nothing = lambda images, where: torch.zeros(*where.shape, width)
+        _, prediction, _, where = model(images, nothing, noise)
+        assert torch.equal(where, model.masks(noise)[cfg.student == "dense"]) and where.shape == (10, 6 if model.dense else 10)
+        with torch.no_grad():                            # the target: the scored patches' features in the whole image
+            target = torch.stack([of_image[rows] for of_image, rows in zip(features(images), where)])
+            if cfg.normalize == "l2":
+                target = target / target.norm(dim=2, keepdim=True) * width ** 0.5
+            if cfg.normalize == "ln":
+                target = target - target.mean(dim=2, keepdim=True)
+                target = target / (target.square().mean(dim=2, keepdim=True) + 1e-6).sqrt()
+        error = (prediction - target).abs()
+        if cfg.loss == "l2":
+            return error.square().mean()
+        return torch.where(error < 0.7, error.square() / 1.4, error - 0.35).mean()
+
+    def after():
+        if kind == "momentum":                           # the average follows after each step
+            with torch.no_grad():
+                for name, p in average.named_parameters():
+                    p.copy_(0.9 * p + 0.1 * model.get_parameter(name))
+
+    optimizer = optimize(model, loss_of, peak_and_cosine(0.05 * 10 / 256, 2, 8, 3e-4), clip, 5, after)
+    close(model.state_dict(), weights("run"))
+    close(averages(optimizer), moments("run"))
+    if kind == "momentum":
+        close({f"momentum.vit.{name}": p.detach() for name, p in average.named_parameters()}, weights("run"))
 
 
 @pytest.mark.parametrize("changes", [dict(teacher="momentum", drop_path=0.3), dict(teacher="self", teacher_epochs=1)])
@@ -573,22 +728,47 @@ def test_own_teacher_is_set_aside_with_the_student(photos):              # noqa:
     assert same(weights("run"), weights("run.1")) and same(weights("run-teacher"), weights("run-teacher.1"))
 
 
-@pytest.mark.parametrize("options", [["--teacher=self", "--teacher-epochs=1"],
-                                     ["--teacher=momentum", "--drop-path=0.3", "--student=sparse"]])
-def test_two_processes_equal_one(photos, monkeypatch, options):         # noqa: F811
-    """With the teacher's training, drops and averages, at another accumulation."""
-    monkeypatch.setitem(maskdistill.SIZES, "micro", MICRO)              # the processes' own
-    options = [*options, "--save-every=1"]               # each step that is saved is logged
-    maskdistill.main([*flags(max_steps=5, output="one"), *options])
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "maskdistill.py"),
-                           *flags(max_steps=5, output="two", accumulate=5), *options],
-                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+@pytest.mark.parametrize("changes", [dict(teacher="self", teacher_epochs=2),
+                                     dict(teacher="momentum", momentum=0.9, drop_path=0.3, student="sparse")])
+def test_accumulation_is_one_large_batch(photos, changes):               # noqa: F811
+    """Gradients are not cut here: that, as AdamW, forgives those of the wrong scale; their averages do not."""
+    for accumulate in (1, 5):
+        maskdistill.train(tiny(output=f"a{accumulate}", accumulate=accumulate, max_steps=6, clip_grad=1e6, **changes))
+    for part in ("", "-teacher") if changes["teacher"] == "self" else ("",):
+        close(weights(f"a1{part}"), weights(f"a5{part}"))
+        close(moments(f"a1{part}"), moments(f"a5{part}"))
+
+
+def test_two_processes_equal_one(photos):                # noqa: F811
+    """Several images a process and micro-batch, into the second epoch: one torchrun makes both runs, with cut gradients,
+    drops and an average of the student, then with accumulation and the teacher's training."""
+    one = TINY | dict(batch_size=12, max_steps=5, crop_scale=0.5, base_lr=0.05)         # 3 steps an epoch
+    runs = {"plain": one | dict(teacher="momentum", momentum=0.9, drop_path=0.3, student="sparse", clip_grad=0.1),
+            "self": one | dict(accumulate=2, teacher="self", teacher_epochs=2, clip_grad=1e6)}
+    Path("both.py").write_text(f"""import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import common, maskdistill
+common.LOG_EVERY, save = 1, common.save_atomic
+common.save_atomic = lambda *given: time.sleep(0.2) or save(*given)             # slowly: who did not wait would read an old teacher
+maskdistill.SIZES["micro"] = (16, 2, 2)
+with common.command_line():
+    for name, settings in {runs!r}.items():
+        maskdistill.train(maskdistill.Config(output=name + "2", **settings))
+""")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "both.py"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     read = lambda run: [json.loads(line) for line in open(f"{run}/metrics.jsonl")]
-    for one, two in zip(read("one"), read("two"), strict=True):
-        for key in {"loss", "lr", "knn_untrained"} & one.keys():
-            assert one[key] == pytest.approx(two[key], rel=1e-4), key
-    close(weights("one"), weights("two"))
+    for name, settings in runs.items():
+        maskdistill.train(maskdistill.Config(output=f"{name}1", **settings))
+        for part in ("", "-teacher") if name == "self" else ("",):
+            first, second = f"{name}1{part}", f"{name}2{part}"
+            close(weights(first), weights(second))
+            close(moments(first), moments(second))
+            assert checkpoint(first)["epoch_losses"] == pytest.approx(checkpoint(second)["epoch_losses"], rel=1e-5)
+            for line, other in zip(read(first), read(second), strict=True):
+                for key in {"loss", "lr", "epoch_loss", "knn_untrained"} & line.keys():
+                    assert line[key] == pytest.approx(other[key], rel=1e-4), key
 
 
 @pytest.mark.parametrize("argv, words", [

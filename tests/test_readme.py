@@ -1,5 +1,5 @@
-"""Every command in the sh blocks of README.md and tests/results.md runs: with its own flags, then a tiny model's, on small pictures and
-weights made here. Those of tests/benchmark.py and tests/study.py, within sentences, too, run one part of their work."""
+"""Every command in the sh blocks of README.md and tests/measure/results.md runs: with its own flags, then a tiny run's, with tiny
+models, on small images and weights made here. Those of benchmark.py and study.py, within sentences, too, run one part of their work."""
 
 import argparse
 import gzip
@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,26 +17,33 @@ import pytest
 import torch
 from PIL import Image
 
-import benchmark
+import amt
 import common
+import data
+import dtm
 import evaluate
 import flip
 import mae
-import study
+import maskdistill
+import supmim
 from conftest import ROOT
 from test_flip import MERGES, jpeg, write_tar
 
-VIT = "--image-size 16 --patch-size 4 --embed-dim 16 --depth 2 --num-heads 2 --workers 0 --no-compile --accumulate 1 --epochs 2 --max-steps 1"
+sys.path.insert(0, str(ROOT / "tests/measure"))
+import benchmark
+import study
+
+VIT = "--image-size 16 --patch-size 4 --workers 0 --no-compile --accumulate 1 --epochs 2 --max-steps 1"
 DECODER = "--decoder-embed-dim 16 --decoder-depth 1 --decoder-num-heads 2"
 TINY = {                                                 # what is put behind a command's own flags
-    "mae": f"{VIT} {DECODER} --batch-size 10", "amt": f"{VIT} {DECODER} --batch-size 10 --start-epoch 0",
-    "supmim": f"{VIT} {DECODER} --batch-size 10 --shots 10 --codes 8 --knn-pictures 100",
+    "mae": f"{VIT} {DECODER} --batch-size 10", "amt": f"{VIT} {DECODER} --batch-size 10 --attention-from 0",
+    "supmim": f"{VIT} {DECODER} --batch-size 10 --shots 10 --codes 8",
     "maskdistill": f"{VIT} --batch-size 10 --teacher-epochs 1 --min-block 2", "dtm": f"{VIT} --batch-size 10 --teacher-epochs 1",
-    "flip": f"{VIT} --batch-size 4 --text-width 16 --text-depth 1 --text-heads 2 --proj-dim 8 --text-length 12 --epoch-pairs 8 --shuffle 10",
+    "flip": f"{VIT} --embed-dim 16 --depth 2 --num-heads 2 --batch-size 4 --text-width 16 --text-depth 1 --text-heads 2 --proj-dim 8 --text-length 12 --epoch-pairs 8 --shuffle 10",
     "evaluate": "--workers 0 --batch-size 8 --epochs 1 --max-steps 1 --accumulate 1"}
-RELEASED = "--image-size 16 --patch-size 4 --embed-dim 16 --depth 2 --num-heads 2"      # with evaluate.py --model base
+RELEASED = "--image-size 16 --patch-size 4"              # with evaluate.py --model base
 CLIP = "--embed-dim 64 --num-heads 1 --text-width 64 --text-heads 1 --towers clip --vocab bpe_simple_vocab_16e6.txt.gz"
-NAMED = {"FOLDER": "photos", "SMALL_FOLDER": "small", "WHERE": ".", "shards/{00000..41407}.tar": "shards/00000.tar"}
+NAMED = {"FOLDER": "photos", "WHERE": ".", "shards/{00000..41407}.tar": "shards/00000.tar"}
 DATA = {"cifar10", "cifar10-jpg", "imagenet", "tiny-imagenet", "stl10"}
 
 
@@ -43,10 +51,10 @@ def commands(by_hand=False):
     """The lines of the sh blocks that start Python, as words: variables put in, comments left out.
 
     by_hand: those that start tests/benchmark.py and tests/study.py, the ones within sentences besides; else the others."""
-    text = (ROOT / "README.md").read_text() + (ROOT / "tests/results.md").read_text()
+    text = (ROOT / "README.md").read_text() + (ROOT / "tests/measure/results.md").read_text()
     blocks, found, variables = re.findall(r"```sh\n(.*?)```", text, re.DOTALL), [], {}
     if by_hand:
-        blocks += [command.replace("\n", " ") for command in re.findall(r"`(python tests/[^`]+)`", text)]
+        blocks += [command.replace("\n", " ") for command in re.findall(r"`(python tests/measure/[^`]+)`", text)]
     for block in blocks:
         for line in re.sub(r"\s*\\\n\s*", " ", block).splitlines():
             for name, value in variables.items():
@@ -72,9 +80,8 @@ def tiny(words: list) -> tuple[str, list]:
             made.append("clip.pt" if word == "ViT-B-16.pt" else "finetuned.pt" if "finetuned" in word else "flip.pt" if flips else "mae.pt")
         else:
             made.append(NAMED.get(word, word))
-    if script != "common":
-        made += ["--data", "photos"] * ("--data" not in flags) + ["--preset", "shapes"] * (not {"--data", "--preset"} & set(flags))
-        made += TINY[script].split() + ["--output", "run", "--no-resume"]
+    made += ["--data", "photos"] * ("--data" not in flags) + ["--preset", "shapes"] * (not {"--data", "--preset"} & set(flags))
+    made += TINY[script].split() + ["--output", "run"]
     if "ViT-B-16.pt" in flags and script == "flip":
         made += CLIP.split()
     if script == "maskdistill" and "--teacher" not in flags:
@@ -84,12 +91,20 @@ def tiny(words: list) -> tuple[str, list]:
     return script, made
 
 
+def shrink_models(patch):
+    """Every row of SIZES is a tiny one (flip.py's has flags for that)."""
+    for script in (mae, amt, supmim, maskdistill, dtm):
+        for row in script.SIZES:
+            patch.setitem(script.SIZES, row, (16, 2, 2))
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """A folder with pictures, pairs, vocabularies and weights, all small."""
+    """A folder with images, pairs, vocabularies and weights, all small."""
     folder = tmp_path_factory.mktemp("readme")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        shrink_models(patch)
         drawn = data.synthetic_shapes("train", np.arange(50))
         for i in range(50):
             path = Path("photos", "train" if i < 40 else "val", "ab"[i % 2], f"{i:02}.png")
@@ -104,14 +119,14 @@ def prepared(tmp_path_factory):
         pairs = [jpeg(i) for i in range(12)]
         for part in ("train2017", "val2017"):
             Path(part).mkdir()
-            for i, (data, _) in enumerate(pairs):
-                Path(part, f"{i}.jpg").write_bytes(data)
+            for i, (packed, _) in enumerate(pairs):
+                Path(part, f"{i}.jpg").write_bytes(packed)
             Path(f"captions_{part}.json").write_text(json.dumps({
                 "images": [{"id": i, "file_name": f"{i}.jpg"} for i in range(12)],
                 "annotations": [{"image_id": i, "caption": caption} for i, (_, caption) in enumerate(pairs)]}))
         Path("pairs.csv").write_text("image,caption\n" + "".join(f"train2017/{i}.jpg,{caption}\n" for i, (_, caption) in enumerate(pairs)))
         Path("shards").mkdir()
-        write_tar("shards/00000.tar", [m for i, (data, caption) in enumerate(pairs) for m in ((f"{i}.jpg", data), (f"{i}.txt", caption))])
+        write_tar("shards/00000.tar", [m for i, (packed, caption) in enumerate(pairs) for m in ((f"{i}.jpg", packed), (f"{i}.txt", caption))])
         letters = "abcdefghijklmnopqrstuvwxyz"
         Path("vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]))
         with gzip.open("bpe_simple_vocab_16e6.txt.gz", "wt", encoding="utf-8") as file:
@@ -129,19 +144,18 @@ def prepared(tmp_path_factory):
 
 def test_commands_are_found():
     words = commands()
-    assert len(words) >= 40 and {word for line in words for word in line if word.endswith(".py")} >= {f"{name}.py" for name in TINY} | {"common.py"}
+    assert len(words) >= 25 and {word for line in words for word in line if word.endswith(".py")} >= {f"{name}.py" for name in TINY}
     assert not [word for line in words for word in line if "$" in word]
 
 
 @pytest.mark.parametrize("words", commands(), ids=lambda words: " ".join(words)[:60].replace("/", "_"))
 def test_command(prepared, monkeypatch, words):
     monkeypatch.chdir(prepared)
+    shrink_models(monkeypatch)
     shutil.rmtree("run", ignore_errors=True)
     script, flags = tiny(words)
     found = importlib.import_module(script).main(flags)
-    if script == "common":
-        assert len(list(Path("small").rglob("*.jpg"))) == 50
-    elif "--zero-shot" in flags or script == "evaluate":
+    if "--zero-shot" in flags or script == "evaluate":
         assert all(0 <= value <= 100 for name, value in found.items() if name.startswith(("top1", "zero_shot")))
     else:
         assert found["step"] == 1 and np.isfinite(found["loss"]) and Path("run/checkpoint.pt").exists()
@@ -160,7 +174,7 @@ def test_benchmark_commands(prepared, monkeypatch, capsys):
     """Each that the README shows: its own flags, then a tiny model's and one round. Of `train`, a step of ours of all methods,
     and one run in a process."""
     monkeypatch.chdir(prepared)
-    shown = [words[2:] for words in commands(by_hand=True) if words[1] == "tests/benchmark.py"]
+    shown = [words[2:] for words in commands(by_hand=True) if words[1] == "tests/measure/benchmark.py"]
     assert {flags[0] for flags in shown} == {"train", "data", "hours", "features"}
     for flags in shown:
         small = ["--model", "micro", "--rounds", "1", "--batch", "2"]
@@ -196,13 +210,13 @@ def test_study(prepared, monkeypatch):
     """All flags are read; two arms and a score of --quick; what is known is not run again; the table and the picture from
     their lines."""
     monkeypatch.chdir(prepared)
-    assert {words[2] for words in commands(by_hand=True) if words[1] == "tests/study.py"} == {"run", "table", "jpegs"}
+    assert {words[2] for words in commands(by_hand=True) if words[1] == "tests/measure/study.py"} == {"run", "table", "jpegs"}
     train, score, numbers = study.settings(argparse.Namespace(data="photos", workers=0, epochs=4, quick=False))
     for line in study.METHODS.values():
         name, flags = line.format(mae="mae.pt", **numbers).split(" ", 1)
         script = importlib.import_module(name.removesuffix(".py"))
         cfg = common.parse_config(script.Config, script.PRESETS, shlex.split(f"{train} {study.SHAPE} {flags}"))
-        assert (cfg.embed_dim, cfg.depth, cfg.epochs, cfg.batch_size, cfg.crop_scale) == (64, 4, 4, 128, 0.5)
+        assert (cfg.embed_dim, cfg.epochs, cfg.batch_size, cfg.crop_scale) == (64, 4, 128, 0.5)
     monkeypatch.setattr(study, "PROTOCOLS", {"finetune": study.PROTOCOLS["finetune"]})
     flags = ["run", "--quick", "--runs", "study", "--results", "study.jsonl", "--methods", "none", "mae"]
     study.main(flags)

@@ -219,9 +219,12 @@ def test_kmeans_finds_clusters_and_improves():
     assert all(b <= a * (1 + 1e-5) for a, b in zip(costs, costs[1:])) and costs[-1] < 0.9 * costs[0]
     centres = kmeans(x, 8, 1)
     assert (torch.cdist(true, centres).min(1).values < 1).all()                 # 8 starts meet each of 4 clusters
+    near = nearest_code(x, centres)                      # it has come to rest: each is the mean of what is nearest
+    means = torch.stack([x[near == code].mean(dim=0) for code in range(8)])
+    torch.testing.assert_close(centres, means, rtol=1e-4, atol=1e-4)
     assert torch.equal(centres, kmeans(x, 8, 1)) and not torch.equal(centres, kmeans(x, 8, 2))
     doubled = kmeans(torch.cat([x[:3], x[:3]]), 6, 0)    # twins: one of each pair stays without patches, and finite
-    assert doubled.isfinite().all()
+    assert (torch.cdist(doubled, x[:3]).min(dim=1).values < 1e-3).all()        # where it began, not at 0
     with pytest.raises(common.UserError, match="3 patches cannot make 4 codes"):
         kmeans(x[:3], 4, 0)
 
@@ -276,7 +279,7 @@ def seed_of(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-@pytest.mark.parametrize("target, pool, shots", [("pixels", "mean", 0), ("kmeans", "cls", 15)])
+@pytest.mark.parametrize("target, pool, shots", [("pixels", "mean", 0), ("kmeans", "cls", 12)])
 def test_recipe(small, target, pool, shots):
     """Five steps of a loop written out end with the same weights, codes and logged losses: both
     losses, mixing, drop path, scores in between, and the codes' centres."""
@@ -345,15 +348,27 @@ def test_recipe(small, target, pool, shots):
         optimizer.step()
         optimizer.zero_grad()
     close(model.state_dict(), weights("run"))
-    logged = next(line for line in read("run") if "class_loss" in line)
-    expected = np.mean(losses[:per_epoch], axis=0)
-    assert [logged["class_loss"], logged["masked_loss"]] == pytest.approx(expected, rel=1e-5)
+    logged = [line for line in read("run") if "class_loss" in line]
+    assert len(logged) == 5 // per_epoch                 # one epoch, or two
+    for epoch, line in enumerate(logged):
+        expected = np.mean(losses[epoch * per_epoch:(epoch + 1) * per_epoch], axis=0)
+        assert [line["class_loss"], line["masked_loss"]] == pytest.approx(expected, rel=1e-5)
     if codes:
         torch.testing.assert_close(checkpoint("run")["tensors"]["centres"], centres)
 
 
 def test_nothing_is_dropped_while_images_are_scored(small, monkeypatch):
-    """Scores, features and the image are of the model without drop path: made twice, they agree."""
+    """Scores, features and the image are of the model without drop path: made twice, they agree.
+    In training the encoder drops, the decoder does not."""
+    torch.manual_seed(0)
+    model = SupMIM(**SMALL, drop_path=0.9)
+    patches, noise = pictures(4, 16, 48), torch.rand(4, 16)
+    for training in (True, False):
+        model.train(training)
+        made = [model.forward_features(patches) for _ in range(2)]
+        assert torch.equal(*made) != training
+        made = [model.decode(made[0], *supmim.random_masking(noise, 0.0)) for _ in range(2)]
+        assert torch.equal(*made)
     features, save, calls = data.features, data.save_image_grid, []
 
     def twice(encode, *args, **options):
@@ -409,12 +424,62 @@ def test_a_tokenizer_of_ones_own(small, capsys):
     losses = [line["masked_loss"] for line in read("run") if "masked_loss" in line]
     assert weights("run")["decoder_pred.weight"].shape == (8, 16) and losses[-1] < 0.9 * losses[0]
     for text in ("x = 1", "def tokenizer(device): return lambda images: images.long(), 8", "def tokenizer(device): return lambda images: 1 / 0, 8",
-                 "def tokenizer(device): return lambda images: images[:, 0, ::4, ::4].flatten(1), 8"):
+                 "def tokenizer(device): return lambda images: images[:, 0, ::4, ::4].flatten(1), 8",
+                 "def tokenizer(device): return lambda images: images[:, 0, ::4, ::4].flatten(1).ceil().long() + 7, 8"):
         Path("bad.py").write_text(text)
         with pytest.raises(common.UserError, match="no Python file with tokenizer|from 0 to below 8 are needed"):
             supmim.train(tiny(output="bad", target="bad.py"))
     Path("bright.py").rename("moved.py")                 # what was trained does not need it
     assert evaluate.main(["finetune", "--eval", "--checkpoint", "run/classifier.pt", "--data", "photos"])["top1"] >= 0
+
+
+def test_feature_and_voters_of_the_scores(small, monkeypatch):
+    """The token that is classified, of the trained and of the untrained model; the labels are those
+    that were trained on, and no more."""
+    met = []
+    monkeypatch.setattr(data, "score_encoders", lambda *given: met.append(given) or {"knn_trained": 0.0})
+    for pool in ("cls", "mean"):
+        met.clear()
+        supmim.train(tiny(output=pool, pool=pool, shots=10, max_steps=2))
+        encoders, splits, *_ = met[0]
+        assert len(splits.train) == 20 and len(splits.test) == 10
+        untrained = supmim.build(tiny(pool=pool), 2)
+        trained = supmim.build(tiny(pool=pool), 2)
+        trained.load_state_dict(weights(pool))
+        images = pictures(2, 3, 16, 16)
+        for name, model in (("trained", trained), ("untrained", untrained)):
+            tokens = model.encode(images)
+            expected = tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(dim=1)
+            assert torch.equal(encoders[name](images), expected)
+
+
+@pytest.mark.parametrize("codes", ["pixels", "centres", "tokenizer"])
+def test_what_the_image_shows(monkeypatch, codes):
+    rows = {}
+    monkeypatch.setattr(data, "save_image_grid", lambda path, found: rows.update(found))
+    torch.manual_seed(0)
+    model = SupMIM(**SMALL, codes=0 if codes == "pixels" else 7)
+    images, noise, centres = pictures(3, 3, 16, 16), torch.rand(3, 16), pictures(7, 48)
+    target_codes = torch.randint(0, 7, (3, 16))
+    supmim.save_visualization(model, images, noise, target_codes, centres if codes == "centres" else None, None)
+    visible, masked = noise.argsort(dim=1).split(8, dim=1)
+    pick = lambda picture, index: supmim.gather_tokens(supmim.patchify(picture, 4), index)
+    original, black, alone, filled = rows.values()
+    prediction = model.predict_masked(supmim.patchify(images, 4), noise)[1]
+    truth = pick(images, masked)
+    if codes == "tokenizer":                             # the brightest value where the code is right
+        right = prediction.argmax(dim=2) == target_codes.gather(1, masked)
+        assert 0 < right.sum() < right.numel()
+        prediction = torch.where(right.unsqueeze(2), truth.max(), truth.min()).expand_as(truth)
+    else:
+        if codes == "centres":
+            prediction = centres[prediction.argmax(dim=2)]
+        prediction = truth.mean(2, True) + prediction * (truth.var(2, keepdim=True) + 1e-6).sqrt()
+    assert torch.equal(original, images) and (pick(black, masked) == 0).all() and (pick(alone, visible) == 0).all()
+    for picture in (black, filled):
+        assert torch.equal(pick(picture, visible), pick(images, visible))
+    for picture in (alone, filled):
+        torch.testing.assert_close(pick(picture, masked), prediction)
 
 
 def test_export_is_a_plain_classifier(small):
@@ -457,21 +522,30 @@ def test_accumulation_is_one_large_batch(small, changes):
 
 def test_two_processes_equal_one(small):
     """Several images a process and micro-batch, into the second epoch: one torchrun makes both
-    runs, with and without accumulation. The processes' generators differ: nothing may hang on it."""
+    runs, with and without accumulation. Each micro-batch of each process has a seed of its own."""
     one = TINY | dict(batch_size=12, max_steps=5)        # 3 steps an epoch
     runs = {"plain": one, "codes": one | dict(accumulate=2, target="kmeans", codes=8, shots=19)}
     Path("both.py").write_text(f"""import sys
 sys.path.insert(0, {str(ROOT)!r})
+import json, torch
 import common, supmim
+common.LOG_EVERY = 1
 supmim.SIZES["micro"] = (16, 2, 2)
+forward, seeds = supmim.SupMIM.forward, []
+supmim.SupMIM.forward = lambda *given: seeds.append(torch.initial_seed()) or forward(*given)
 with common.command_line():
     for name, settings in {runs!r}.items():
         supmim.train(supmim.Config(output=name + "2", **settings))
+    json.dump(seeds, open(f"seeds{{common.rank()}}.json", "w"))
 """)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run([*command, "both.py"], capture_output=True, text=True, timeout=300,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
+    for rank in (0, 1):
+        passes = [(step, i) for count in (1, 2) for step in range(5) for i in range(count)]
+        expected = [seed_of(0, step, i, rank, 1) for step, i in passes]
+        assert json.load(open(f"seeds{rank}.json")) == expected
     for name, settings in runs.items():
         supmim.train(supmim.Config(output=f"{name}1", **settings))
         close(weights(f"{name}1"), weights(f"{name}2"))

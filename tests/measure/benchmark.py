@@ -154,7 +154,7 @@ def our_attention(size):
     def loss(model, images):
         B = len(images)
         boxes = torch.tensor([0.1, 0.2, 0.6, 0.7, 1.0], device=images.device).expand(B, -1)
-        return model(images, amt.aligned(torch.rand(B, 196, device=images.device), boxes, (14, 14)))[0]
+        return model(images, amt.crop_maps(torch.rand(B, 196, device=images.device), boxes, (14, 14)))[0]
     return model, loss
 
 
@@ -162,7 +162,7 @@ def dense_attention(size):
     """The same by multinomial draws and boolean masks, as one would write it down first: every patch is embedded and then
     dropped, every decoder token predicted, and the loss weighted with zeros."""
     model = amt.AMT(224, 16, *mae.SIZES[size], **DECODER)
-    masked, thrown = amt.counts(196, *model.ratios, "mae")
+    masked, thrown = amt.count_units(196, *model.ratios, "mae")
 
     def loss(model, images):
         B, patches = len(images), amt.patchify(images, 16)
@@ -188,7 +188,7 @@ def dense_attention(size):
 
 def our_maps(size):
     model = amt.AMT(224, 16, *mae.SIZES[size], **DECODER)
-    return model, lambda model, images: torch.no_grad()(model.attention_map)(images).sum()
+    return model, lambda model, images: torch.no_grad()(amt.attention_map)(model, images).sum()
 
 
 def our_classifier(size, patch=14, **changes):
@@ -457,7 +457,7 @@ def hours(args):
         seen = preset["epochs"] * preset.get("epoch_pairs", train)
         total = seen * work
         if script is amt:
-            first = preset["start_epoch"]
+            first = preset["attention_from"]
             refreshes = len(range(first, preset["epochs"], preset["refresh_every"]))
             total += train * (first * (count(ours) - work) + refreshes * count(our_maps))
         speed = 8e3 * args.tflops / work

@@ -38,7 +38,7 @@ TAUGHT = "--layer-scale 1 --base-lr 3e-3 --color-jitter 0 --teacher {mae}"
 LABELS = f"--base-lr 2e-3 --mixup 0 --cutmix 0 --randaugment 0 --drop-path 0 --eval-every 100 {DECODER}"
 METHODS = {                                              # script and what it needs besides SHAPE and the budget
     "mae": f"mae.py --base-lr 4e-3 {DECODER}",
-    "amt": f"amt.py --base-lr 4e-3 --norm-pix {DECODER} --start-epoch {{start}} --refresh-every {{refresh}}",
+    "amt": f"amt.py --base-lr 4e-3 --norm-pix {DECODER} --attention-from {{start}} --refresh-every {{refresh}}",
     "maskdistill": f"maskdistill.py {TAUGHT}",
     "dtm": f"dtm.py {TAUGHT}",
     "flip": "flip.py --base-lr 4e-3",

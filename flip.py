@@ -354,7 +354,7 @@ def text_masking(noise, ids, mask_ratio: float, kind: str):
 # -------------------------------------------------------------------------------- target and loss
 def pixel_target(patches, norm_pix: bool):
     """patches (B, M, P*P*C) -> what to predict: pixels, or pixels normalised within each patch, by
-    its mean and its unbiased variance + 1e-6 (section 3, "reconstruction target")."""
+    its mean and its unbiased variance + 1e-6 (MAE, section 3, "reconstruction target")."""
     if not norm_pix:
         return patches
     mean = patches.mean(dim=-1, keepdim=True)                                  # (B, M, 1)
@@ -363,8 +363,8 @@ def pixel_target(patches, norm_pix: bool):
 
 
 def reconstruction_loss(prediction, target):
-    """Mean squared error on the masked patches (section 3). All images have equally many, so the
-    plain mean is the paper's: per patch first, then over the masked patches of the batch."""
+    """Mean squared error on the masked patches (MAE, section 3). All images have equally many, so
+    the plain mean is MAE's: per patch first, then over the masked patches of the batch."""
     return (prediction.float() - target).square().mean()
 
 

@@ -254,7 +254,7 @@ def random_masking(noise, mask_ratio: float):
 # -------------------------------------------------------------------------------- target and loss
 def pixel_target(patches, norm_pix: bool):
     """patches (B, M, P*P*C) -> what to predict: pixels, or pixels normalised within each patch, by
-    its mean and its unbiased variance + 1e-6 (section 3, "reconstruction target")."""
+    its mean and its unbiased variance + 1e-6 (MAE, section 3, "reconstruction target")."""
     if not norm_pix:
         return patches
     mean = patches.mean(dim=-1, keepdim=True)                                  # (B, M, 1)
@@ -271,8 +271,8 @@ def undo_norm_pix(prediction, patches):
 
 
 def reconstruction_loss(prediction, target):
-    """Mean squared error on the masked patches (section 3). All images have equally many, so the
-    plain mean is the paper's: per patch first, then over the masked patches of the batch."""
+    """Mean squared error on the masked patches (MAE, section 3). All images have equally many, so
+    the plain mean is MAE's: per patch first, then over the masked patches of the batch."""
     return (prediction.float() - target).square().mean()
 
 

@@ -433,7 +433,8 @@ def test_links_do_not_lead_in_circles(tmp_path):
         save(tmp_path / "a" / f"{i}.jpg"), save(tmp_path / "b" / f"{i}.jpg")
     for name in "ab":
         os.symlink("..", tmp_path / name / "up")
-    os.symlink("../b", tmp_path / "a" / "sibling")       # listed as a's it would be in the wrong class
+    os.symlink("../b", tmp_path / "a" / "sibling")       # listed as a's they would be in the wrong class
+    os.symlink("../a", tmp_path / "b" / "sibling")
     os.symlink("../b/0.jpg", tmp_path / "a" / "copy.jpg")
     splits = data.open_data(str(tmp_path), "")
     assert sum(np.bincount(s.labels) for s in (splits.train, splits.test)).tolist() == [40, 40]

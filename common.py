@@ -245,7 +245,8 @@ def check(cfg):
     for name in ("embed_dim", "decoder_embed_dim"):      # sine and cosine of a row and of a column
         if settings.get(name, 0) % 4:
             raise UserError(f"{name} is {settings[name]}, it must be a multiple of 4")
-    if "patch_size" in settings and settings["image_size"] // settings["patch_size"] > 256:
+    both_sizes = {"image_size", "patch_size"} <= settings.keys()
+    if both_sizes and cfg.image_size // cfg.patch_size > 256:
         raise UserError(f"image_size {cfg.image_size} has more than 256 x 256 patches of "
                         f"{cfg.patch_size} pixels")
     if settings.get("warmup_epochs", 0) >= settings.get("epochs", math.inf):

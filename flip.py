@@ -1181,8 +1181,13 @@ def open_classes(cfg: Config, pairs) -> Source:
                f"class are each other's negatives in a batch: the loss stays above about {least:.2f}")
     training = pairs(splits.train.source, prompts, labels=splits.train.labels, by_label=True)
     # no val/: part of train/ is the test set
-    unsplit = len(splits.pretrain) == len(splits.train) + len(splits.test)
-    labelled = splits.pretrain if cfg.zero_shot and unsplit else splits.test
+    labelled = splits.test
+    folder = Path(cfg.data)
+    if cfg.zero_shot and folder.is_dir() and data.find_splits(folder)[1] is None:
+        # nothing is trained, so all images of a folder without test images are scored
+        files = np.concatenate([splits.train.source, splits.test.source])
+        labels = np.concatenate([splits.train.labels, splits.test.labels])
+        labelled = data.ImageDataset([os.fsdecode(file) for file in files], labels, cfg.seed)
     return Source(splits._replace(pretrain=training), None, labelled, prompts)
 
 

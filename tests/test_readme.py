@@ -38,7 +38,7 @@ DECODER = "--decoder-embed-dim 16 --decoder-depth 1 --decoder-num-heads 2"
 TINY = {                                                 # what is put behind a command's own flags
     "mae": f"{VIT} {DECODER} --batch-size 10", "amt": f"{VIT} {DECODER} --batch-size 10 --attention-from 0",
     "supmim": f"{VIT} {DECODER} --batch-size 10 --shots 10 --codes 8",
-    "maskdistill": f"{VIT} --batch-size 10 --teacher-epochs 1 --min-block 2", "dtm": f"{VIT} --batch-size 10 --teacher-epochs 1",
+    "maskdistill": f"{VIT} --batch-size 10 --teacher-epochs 1 --min-block 2", "dtm": f"{VIT} --batch-size 10 --teacher-epochs 1 --min-block 2",
     "flip": f"{VIT} --embed-dim 16 --depth 2 --num-heads 2 --batch-size 4 --text-width 16 --text-depth 1 --text-heads 2 --proj-dim 8 --text-length 12 --epoch-pairs 8 --shuffle 10",
     "evaluate": "--workers 0 --batch-size 8 --epochs 1 --max-steps 1 --accumulate 1"}
 RELEASED = "--image-size 16 --patch-size 4"              # with evaluate.py --model base

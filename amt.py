@@ -598,6 +598,16 @@ def map_lift(maps, objects) -> float:
     return (on_object * maps.shape[1]).mean().item()
 
 
+def masked_object_share(maps, objects, mask_ratio: float) -> float:
+    """How much of the objects' area (n, N) attention masks, by maps (n, N); at random it would be
+    mask_ratio of it."""
+    noise = torch.rand(maps.shape, generator=torch.Generator().manual_seed(0)).to(maps.device)
+    order = attention_order(noise, from_bytes(maps))                           # (n, N)
+    masked = int(maps.shape[1] * mask_ratio)
+    masked_area = objects.gather(1, order[:, :masked]).sum()
+    return (masked_area / objects.sum()).item()
+
+
 @torch.no_grad()
 def save_visualization(model, images, noise, ratios, by_attention: bool, path):
     """Write images (B, 3, H, W), normalised, their attention maps, what is masked and thrown by
@@ -713,14 +723,18 @@ def train(cfg: Config) -> dict:
 def log_refresh(run, step: int, maps, seconds: float):
     """Log how long the new maps took and, of synthetic shapes, how well they find the objects."""
     metrics = {"refresh_s": seconds}
+    text = ""
     if run.cfg.data == "shapes":
         count = min(len(maps), 10_000)                   # enough for a mean
         objects = object_coverage(count, run.model.grid, maps.device)
-        metrics["map_lift"] = map_lift(maps[:count], objects)
+        lift = map_lift(maps[:count], objects)
+        share = masked_object_share(maps[:count], objects, run.cfg.mask_ratio)
+        metrics |= {"map_lift": lift, "objects_masked": share}
+        text = (f"; attention on the objects is {lift:.1f} times the mean and masks {share:.0%} of "
+                f"them (at random {run.cfg.mask_ratio:.0%})")
     run.write(step=step, **metrics)
     run.interval_start = time.time()                     # images/s are those of the training
-    text = ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in metrics.items())
-    common.log(f"step {step}: {len(maps)} maps made anew, {text}")
+    common.log(f"step {step}: {len(maps)} maps made anew in {seconds:.1f} s{text}")
 
 
 def main(argv=None) -> dict:

@@ -333,6 +333,14 @@ def build(cfg: Config) -> MAE:
                cfg.mask_ratio, cfg.norm_pix)
 
 
+def encoder_flops(model: MAE, patches: int) -> int:
+    """Multiplications in the encoder's blocks for an image of so many patches: 12 D^2 for each
+    token and 2 D for each pair of tokens."""
+    tokens = 1 + patches
+    D = model.cls_token.shape[-1]
+    return len(model.blocks) * (12 * D ** 2 * tokens + 2 * D * tokens ** 2)
+
+
 @torch.no_grad()
 def save_visualization(model: MAE, images, noise, path):
     """Write what the model sees and predicts: normalised images (B, 3, H, W), noise (B, N)."""
@@ -368,8 +376,9 @@ def train(cfg: Config) -> dict:
     steps_per_epoch = common.plan_steps(cfg, len(splits.pretrain))
     run = common.Run("mae", cfg, model, optimizer, steps_per_epoch)
     patches = model.grid[0] * model.grid[1]
-    common.log(f"{common.count_parameters(model):,} parameters, "
-               f"{int(patches * (1 - cfg.mask_ratio))} of {patches} patches visible")
+    visible = int(patches * (1 - cfg.mask_ratio))
+    common.log(f"{common.count_parameters(model):,} parameters, {visible} of {patches} patches "
+               "visible")
     if cfg.compile:
         model.compile()                                  # in place: parameter names stay
     network = model
@@ -403,6 +412,9 @@ def train(cfg: Config) -> dict:
                 "trained": data.mean_patch_token(model),
                 "untrained": data.mean_patch_token(build(cfg).to(device))}
     metrics = run.finish(data.score_encoders(encoders, splits, cfg, device))
+    share = encoder_flops(model, visible) / encoder_flops(model, patches)
+    common.log(f"the encoder saw {visible} of {patches} patches, for {share:.0%} of the "
+               "multiplications that all would take")
     common.log(f"try next: python evaluate.py linear --checkpoint {run.folder}/checkpoint.pt "
                f"--data {cfg.data}")
     return metrics

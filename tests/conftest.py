@@ -4,8 +4,9 @@ import sys
 import zlib
 from pathlib import Path
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""                  # the promises tested, bit for bit, are a CPU's
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")      # threads that wait spin otherwise: ten times as slow beside another job
+os.environ["CUDA_VISIBLE_DEVICES"] = ""                  # the promises, bit for bit, are a CPU's
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")      # threads that wait spin otherwise: ten
+                                                         # times as slow beside another job
 
 import numpy as np
 import pytest
@@ -13,7 +14,16 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+import data
+
 torch.set_num_threads(min(2, os.cpu_count()))
+
+
+def pytest_configure(config):
+    """torchvision announces, for each JPEG, that its decoder is to move to another package; until
+    when it is ours, requirements.txt says."""
+    config.addinivalue_line("filterwarnings",
+                            "ignore:The image decoding and encoding:DeprecationWarning")
 
 
 def golden(name):
@@ -44,3 +54,14 @@ def in_tmp(tmp_path, monkeypatch):
     """Run in an empty folder, so that a run's output lands there."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def fewer_shapes(monkeypatch):
+    """4000 synthetic shapes to train on and 1000 to test on, in place of 10,000 and 2000."""
+    honest = data.synthetic_shapes
+
+    def some(split, index):
+        return honest(split, index[:{"train": 4000, "test": 1000}[split]])
+
+    monkeypatch.setattr(data, "synthetic_shapes", some)

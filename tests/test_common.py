@@ -1,10 +1,10 @@
 """common.py: flags and their limits, schedule, seeds, files of weights."""
 
 import argparse
+import multiprocessing
 import os
 import pathlib
-import subprocess
-import sys
+import time
 from dataclasses import dataclass, fields, replace
 from typing import get_args, get_type_hints
 
@@ -14,7 +14,7 @@ import torch
 
 import common
 import mae
-from conftest import ROOT, draw, fill, golden
+from conftest import draw, fill, golden
 
 MISC = golden("misc")
 
@@ -352,6 +352,7 @@ class Trap:
         return os.mkdir, ("trapped",)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")         # CLIP is published as such
 @pytest.mark.parametrize("old_format", [False, True])
 def test_a_file_executes_nothing(in_tmp, old_format):
     torch.save({"model": Trap()}, "file.pth", _use_new_zipfile_serialization=not old_format)
@@ -418,13 +419,22 @@ def test_safetensors(tmp_path, source):
     assert torch.equal(model.cls_token, source.cls_token)
 
 
+def hold_lock(folder, locked):
+    lock = common.lock_folder(folder)
+    locked.set()
+    time.sleep(60)
+    lock.close()
+
+
 def test_lock(tmp_path):
     """A second process is refused while the first one lives, however that ends."""
-    code = ("import common, sys, pathlib, time; lock = common.lock_folder(pathlib.Path(sys.argv[1])); "
-            "print('locked', flush=True); time.sleep(60)")
-    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    assert holder.stdout.readline() == "locked\n"
+    fork = multiprocessing.get_context("fork")
+    locked = fork.Event()
+    holder = fork.Process(target=hold_lock, args=(tmp_path, locked))
+    holder.start()
+    assert locked.wait(timeout=60)
     with pytest.raises(common.UserError, match="another run is writing to"):
         common.lock_folder(tmp_path)
-    holder.kill(), holder.wait()
+    holder.kill()
+    holder.join()
     common.lock_folder(tmp_path).close()

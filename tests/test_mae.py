@@ -193,12 +193,13 @@ def test_oblong_images():
 def test_overfits_eight_images():
     """The published shape of the curve: a plateau near 0.98, then down; fixed masks."""
     torch.manual_seed(0)
-    model = mae.MAE(32, 4, 64, 4, 4, 64, 2, 4)
-    images = F.interpolate(torch.randn(8, 3, 5, 5), size=32, mode="bicubic")
-    noise, losses = torch.rand(8, 64), []
+    model = mae.MAE(16, 4, 64, 4, 4, 64, 2, 4)
+    images = F.interpolate(torch.randn(8, 3, 5, 5), size=16, mode="bicubic")
+    noise = torch.rand(8, 16)
+    losses = []
     optimizer = torch.optim.AdamW(common.parameter_groups(model, 0.05), betas=(0.9, 0.95), fused=True)
     table = model.pos_embed.clone()
-    for step in range(400):
+    for step in range(250):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1, step / 20)
         loss, _, _ = model(images, noise)
@@ -206,12 +207,13 @@ def test_overfits_eight_images():
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert losses[0] > 1.5 and losses[-1] < 0.2
+    assert losses[0] > 1.5 and 0.9 < losses[20] < 1.1 and losses[-1] < 0.2
     assert torch.equal(model.pos_embed, table)
 
 
 def test_compiled_model_keeps_names_and_values():
-    model, images, noise = golden_mae(True)
+    model = mae.MAE(16, 4, 16, 1, 2, 16, 1, 2)
+    images, noise = torch.randn(3, 3, 16, 16), torch.rand(3, 16)
     want, names = model(images, noise)[0], list(model.state_dict())
     model.compile(backend="aot_eager")                   # the default needs a C++ compiler
     torch.testing.assert_close(model(images, noise)[0], want, atol=1e-5, rtol=1e-5)

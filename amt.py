@@ -76,7 +76,7 @@ class Config(common.RunConfig):
 
     base: Literal["mae", "simmim"] = "mae"  # the method whose masks the attention chooses
     sampling: Literal["attention", "uniform"] = "attention"  # of masked and thrown patches; uniform: the control
-    attention_from: int = 2       # first epoch (from 0) with sampling and ratios; before: random masks, none thrown
+    attention_from: int = 5       # first epoch (from 0) with sampling and ratios; before: random masks, none thrown
     refresh_every: int = 3        # epochs between new maps, the first at attention_from
     mask_ratio: float | None = None  # fraction of the patches that is masked; None: the base's
     throw_ratio: float | None = None  # fraction of the patches that is thrown; None: the base's
@@ -135,7 +135,7 @@ CODE = dict(image_size=224, patch_size=16, crop_scale=0.2, norm_pix=False,     #
 SMALL = CODE | dict(model="tiny", decoder_embed_dim=128, decoder_depth=2, decoder_num_heads=4,
                     batch_size=512, workers=8)                                             # ours
 PRESETS = {
-    "shapes": {},                                                        # the defaults above; ours
+    "shapes": dict(throw_ratio=0.2),           # ours, for so short a run; else the defaults above
     "cifar10": SMALL | dict(image_size=32, patch_size=4, mask_unit=8),                      # ours
     "cifar100": SMALL | dict(image_size=32, patch_size=4, mask_unit=8),                     # ours
     "stl10": SMALL | dict(image_size=96, patch_size=12, mask_unit=24),                      # ours

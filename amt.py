@@ -667,7 +667,9 @@ def train(cfg: Config) -> dict:
         model.compile(dynamic=False)                     # in place; once for each pair of ratios
     network = model
     if common.world_size() > 1:
-        network = DistributedDataParallel(model)         # averages gradients over processes
+        # averages gradients over processes; there are no buffers to keep equal
+        network = DistributedDataParallel(model, broadcast_buffers=False,
+                                          gradient_as_bucket_view=True)
     amp = common.autocast(device, cfg.precision)
     samples = data.sample_images(splits.test or splits.pretrain, cfg.image_size, 8, device)
     sample_noise = torch.rand(8, patches, generator=torch.Generator().manual_seed(0)).to(device)

@@ -512,7 +512,7 @@ def loader(dataset, batches, workers: int):
     how = {"batch_size": None} if batches is None else {"batch_sampler": batches}
     iterator = iter(DataLoader(
         dataset, **how, num_workers=workers, pin_memory=torch.cuda.is_available(),
-        worker_init_fn=ignore_ctrl_c, prefetch_factor=4 if workers else None))
+        worker_init_fn=ignore_ctrl_c))
 
     def with_worker_errors():
         while True:

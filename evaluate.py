@@ -12,17 +12,19 @@
       --no-frozen: the encoder, too
     features    nothing: they are written to a file
 
-The figure of a run is that of its last weights. Nothing is ever chosen on the test images: `linear`
-chooses its learning rate on a tenth of the training images, `knn` shows all k.
+Scores are those of the last weights. Nothing is ever chosen on the test images: `linear` chooses
+its learning rate on a tenth of the training images, `knn` shows all k.
 
 --checkpoint is a checkpoint of any script here, which says how to build its encoder; or a released
 file in timm's names (MAE, DINO, DeiT, timm's ViTs), whose shapes say it; or `none`: the untrained
 encoder, which finetune trains from scratch. `finetune --eval` trains nothing and scores fine-tuned
-weights or a classifier of supmim.py. --data chooses the preset, as in the other scripts.
+weights or a classifier of supmim.py. --data chooses the preset, as in the other scripts;
+--preset another, such as `finetune --data imagenet --preset imagenet-large`.
 
-An encoder has four features of an image, and the figures depend on which is compared. --pooling
-says it: cls, the class token, or mean, the mean of the patch tokens; cls-raw, mean-raw: the same
-before the last norm. Their k-NN figures stand side by side in the table of `knn`.
+--pooling says which feature of an image is used: cls, the class token, or mean, the mean of the
+patch tokens; cls-raw, mean-raw: the same before the last norm. `knn` shows all four. `finetune`
+averages before the last norm and trains a new one behind it (a classifier of supmim.py has its own
+before the mean, and keeps it).
 
 `features` writes OUTPUT/features.npz. To read it:
 
@@ -83,7 +85,7 @@ class Config(common.RunConfig):
     pooling: Literal["cls", "mean", "cls-raw", "mean-raw"] = "mean"  # the feature of an image; finetune: cls or mean
     shots: int = 0                # labelled training images of each class; 0: all
     percent: float = 100.0        # share of the labelled training images of each class
-    cached: bool = True           # linear: on features made once; no: MAE's, on augmented images
+    cached: bool = True           # linear: on features made once; no: MAE's probe (its settings: --preset imagenet)
     frozen: bool = True           # segment: train the head alone; no: the encoder, too
     eval: bool = False            # finetune: only score the classifier in the checkpoint
 
@@ -120,7 +122,8 @@ class Config(common.RunConfig):
 
 
 def default_output(cfg: Config) -> str:
-    """runs/PROTOCOL-NAME-DATA, where NAME is the file's or, of a run's file, the run's."""
+    """runs/PROTOCOL-NAME-DATA, where NAME is the file's or, of a run's file, the run's. What ends
+    in different figures must not share a folder."""
     file = Path(cfg.checkpoint).resolve()
     data_name = Path(cfg.data).resolve().name
     name = file.stem
@@ -128,7 +131,12 @@ def default_output(cfg: Config) -> str:
                "finetuned": "", "finetuned-ema": "-ema", "teacher": "-teacher"}
     if name in of_runs:
         name = file.parent.name.removesuffix(f"-{data_name}") + of_runs[name]
-    return f"runs/{cfg.protocol}-{name}-{data_name}"
+    protocol = cfg.protocol
+    if cfg.eval:
+        protocol = "score"
+    if protocol == "linear" and not cfg.cached:
+        protocol = "linear-augmented"
+    return f"runs/{protocol}-{name}-{data_name}"
 
 
 SWEEP = dict(epochs=50, batch_size=256, base_lr=0.1)                                        # ours
@@ -489,7 +497,8 @@ def linear(cfg: Config, encoder, device, splits) -> dict:
         groups.append({"params": [fc.weight], "lr_scale": rate, "weight_decay": cfg.weight_decay})
         groups.append({"params": [fc.bias], "lr_scale": rate, "weight_decay": 0.0})
     optimizer = torch.optim.SGD(groups, momentum=0.9)
-    most = len(x) // common.world_size() * common.world_size()                 # of few shots
+    micro_batches = common.world_size() * cfg.accumulate
+    most = len(x) // micro_batches * micro_batches       # few shots: no larger a batch than images
     cfg = replace(cfg, batch_size=min(cfg.batch_size, most))
     steps_per_epoch = common.plan_steps(cfg, len(x))
     name = f"evaluate, encoder {digest(encoder)}"
@@ -581,7 +590,7 @@ def linear_augmented(cfg: Config, encoder, device, splits) -> dict:
     run = common.Run(name, cfg, head, optimizer, steps_per_epoch)
     common.log(f"{common.count_parameters(head):,} parameters are trained")
     if cfg.compile:
-        encoder.compile()
+        encoder.encode = torch.compile(encoder.encode)
     network = distributed(head)
     batches = data.batches(splits.train, cfg, run.first_step, run.last_step)
 

@@ -1,10 +1,10 @@
 """Improve Supervised Representation Learning with Masked Image Modeling
 (Chen et al., arXiv 2312.00950): SupMIM.
 
-An ordinary classifier that, beside its labels, learns to predict masked patches of the same images:
-a second pass of the same encoder sees the visible patches alone, and a shallow decoder predicts the
-masked ones. After training the decoder is dropped; what remains is the plain classifier, not a
-parameter larger.
+An ordinary classifier that, beside its labels, learns to predict masked patches of the same images
+with a shallow decoder, which is dropped after training; what remains is the plain classifier, not a
+parameter larger. Here a second pass of the same encoder sees the visible patches alone, as in MAE
+(how the paper does it could not be read).
 
     loss = cross_entropy(logits, labels) + mim_weight * masked_loss
     masked_loss = mean over masked patches and their pixels of (prediction - target)^2      (MAE's)
@@ -22,7 +22,7 @@ parameter larger.
 
 With codes, from `tokenize`: prediction (B, M, codes), target (B, M).
 
-B batch, N patches, K visible, M = N - K masked, D width, P patch side, C channels.
+B batch, N patches, K visible, M = N - K masked, D width, E decoder width, P patch side, C channels.
 
 Differences from mae.py: `classify`, the classifier's pass, on all or a few labelled images;
 `tokenize`, k-means codes as targets; RandAugment, MixUp, CutMix, drop path. --mim-weight 0 is plain
@@ -331,9 +331,9 @@ def tokenize(images, centers, patch_size: int, norm_pix: bool):
     each patch, row by row: the number of the nearest of the centers (codes, P*P*C).
 
     This is the place for a tokenizer of your own, such as the encoder of a VQ-GAN whose grid has as
-    many codes as there are patches. Return int64 from 0 to --codes - 1. (data.mean_std undoes the
-    normalisation. `fit_centers` is then not needed, and `save_visualization` needs the tokenizer's
-    decoder where it looks codes up in `centers`.)"""
+    many codes as there are patches. Return int64 from 0 to --codes - 1, and start with --target
+    kmeans. (The pixels are images * std + mean, with data.mean_std. `fit_centers` is then not
+    needed, and `save_visualization` needs the tokenizer's decoder where it looks codes up.)"""
     patches = pixel_target(patchify(images, patch_size), norm_pix)             # (B, N, P*P*C)
     return nearest_code(patches, centers)
 
@@ -497,8 +497,7 @@ def seed_mixing(cfg: Config, step: int, i: int):
     """Seed torch for MixUp, CutMix and drop path in micro-batch i of a step.
 
     Each process draws its own, so with any of the three, N processes do not compute what one does.
-    The 1 at the end: without it, where i and rank are 0 the seed would be derive_seed(cfg.seed,
-    step), because zeros at the end are ignored, and that is the seed of the masks."""
+    The 1 at the end: derive_seed ignores trailing zeros, and (seed, step) is the masks' seed."""
     torch.manual_seed(common.derive_seed(cfg.seed, step, i, common.rank(), 1))
 
 
@@ -524,7 +523,9 @@ def train(cfg: Config) -> dict:
         model.compile()                                  # in place: parameter names stay
     network = model
     if common.world_size() > 1:
-        network = DistributedDataParallel(model)         # averages gradients over processes
+        # averages gradients over processes; there are no buffers to keep equal
+        network = DistributedDataParallel(model, broadcast_buffers=False,
+                                          gradient_as_bucket_view=True)
     amp = common.autocast(device, cfg.precision)
     mix = data.mixing(cfg.mixup, cfg.cutmix, classes)
     samples = data.sample_images(splits.test, cfg.image_size, 8, device)
@@ -536,7 +537,7 @@ def train(cfg: Config) -> dict:
         return score_classifier(model, splits.test, cfg, device)
 
     for step, micro_batches in run.steps(batches):
-        model.train()                                    # eval mode ended the epoch before
+        model.train()                                    # scoring leaves it in eval mode
         lr = common.set_lr(optimizer, cfg, step, steps_per_epoch)
         noise = common.mask_noise(cfg, step, patches, device)                  # (accumulate, B, N)
         step_loss = 0.0
@@ -575,7 +576,7 @@ def train(cfg: Config) -> dict:
                 "trained": data.mean_patch_token(model),
                 "untrained": data.mean_patch_token(untrained)}
     metrics = run.finish(scores | data.score_encoders(encoders, splits, cfg, device))
-    common.log(f"try next: python evaluate.py knn --checkpoint {run.folder}/classifier.pt "
+    common.log(f"try next: python evaluate.py linear --checkpoint {run.folder}/checkpoint.pt "
                f"--data {cfg.data}")
     return metrics
 

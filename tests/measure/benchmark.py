@@ -92,11 +92,16 @@ def vit_pytorch(size):
 def our_student(size):
     """MaskDistill's student, and CLIP's architecture as its teacher, untrained; the teacher is counted, too."""
     width, depth, heads = mae.SIZES[size]
-    teacher = maskdistill.Teacher(maskdistill.VisionTransformer(
-        224, 16, width, depth, heads, pre_norm=True, act=maskdistill.quick_gelu, eps=1e-5), maskdistill.CLIP_MEAN, maskdistill.CLIP_STD)
+    vit = maskdistill.VisionTransformer(224, 16, width, depth, heads, clip=True)
+    teacher = maskdistill.Teacher(vit, maskdistill.CLIP_MEAN, maskdistill.CLIP_STD)
     model = maskdistill.MaskDistill(224, 16, width, depth, heads, width)
     model.add_module("a teacher of its own", teacher)    # to travel with it; frozen
-    return model, lambda model, images: model(images, teacher)[0]
+
+    def loss(model, images):
+        with torch.no_grad():
+            features = teacher(images)
+        return model(images, features)[0]
+    return model, loss
 
 
 def transformers_student(size):
@@ -126,12 +131,19 @@ def transformers_student(size):
 def our_morphing(size, morphs=2):
     """DTM with that teacher, a new schedule for each step; morphs 0: token by token."""
     width, depth, heads = mae.SIZES[size]
-    teacher = dtm.Teacher(dtm.VisionTransformer(
-        224, 16, width, depth, heads, pre_norm=True, act=dtm.quick_gelu, eps=1e-5), dtm.CLIP_MEAN, dtm.CLIP_STD)
-    cfg, steps = dtm.Config(morphs=morphs, most_rounds=14), itertools.count()
+    vit = dtm.VisionTransformer(224, 16, width, depth, heads, clip=True)
+    teacher = dtm.Teacher(vit, dtm.CLIP_MEAN, dtm.CLIP_STD)
+    cfg = dtm.Config(morphs=morphs, most_rounds=14)
+    steps = itertools.count()
     model = dtm.DTM(224, 16, width, depth, heads, width)
     model.add_module("a teacher of its own", teacher)
-    return model, lambda model, images: model(images, teacher, drawn=dtm.schedules(cfg, 196, next(steps), morphs))[0]
+
+    def loss(model, images):
+        with torch.no_grad():
+            features = teacher(images)
+        schedules = dtm.draw_schedules(cfg, 196, next(steps))
+        return model(images, features, schedules=schedules)[0]
+    return model, loss
 
 
 def our_pairs(size, mask_ratio, towers="open_clip", length=77):
@@ -207,9 +219,7 @@ def captions(images, length=77):
 FLIPS = {f"{name}, {ratio:.0%} masked": functools.partial(make, mask_ratio=ratio) for ratio in (0.0, 0.5, 0.75)
          for name, make in (("ours", our_pairs), ("open_clip", open_clip_pairs))}
 CONTESTANTS = {"flip": FLIPS, "amt": {"ours": our_attention, "plain MAE": ours, "dense AMT": dense_attention, "maps": our_maps},
-               "supmim": {"ours": our_classifier, "no masked pass": functools.partial(our_classifier, mim_weight=0.0),
-                          "one pass": functools.partial(our_classifier, passes="one"),
-                          "encoder's tokens": functools.partial(our_classifier, mask_tokens="encoder")},
+               "supmim": {"ours": our_classifier, "no masked pass": functools.partial(our_classifier, mim_weight=0.0)},
                "mae": {"ours": ours, "timm blocks": timm_blocks, "transformers": transformers, "vit-pytorch": vit_pytorch},
                "maskdistill": {"ours": our_student, "transformers": transformers_student},
                "dtm": {"ours": our_morphing, "no morphing": functools.partial(our_morphing, morphs=0)}}
@@ -425,7 +435,7 @@ def morph(args):
     online, target = (torch.randn(args.batch, 196, 512, generator=random) for _ in range(2))
     rounds = [14] * 7
     online.requires_grad_()
-    labels, n, _ = dtm.match(target, rounds)
+    labels, n = dtm.match(target, rounds)
     groups = dense_match(target, rounds)
     ours, dense = dtm.morph_loss(online, target, labels, n), dense_loss(online, target, groups)
     assert abs(ours - dense) < 1e-5 * dense, (ours, dense)

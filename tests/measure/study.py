@@ -1,7 +1,7 @@
 """All six methods on the same images with the same budget. Run by hand: `python tests/measure/study.py run --data cifar10-jpg`.
 
 run     trains each method, the supervised baseline and nothing (the untrained encoder), one encoder, one number of epochs,
-        one augmentation, and scores each with evaluate.py: k-NN, linear, attentive, fine-tuning on all labels and on 10 and
+        one augmentation, and scores each with evaluate.py: k-NN, linear, fine-tuning on all labels and on 10 and
         1 %. It goes on where it stopped: what --results holds already is not run again, and a run that was cut short resumes.
         Several at once may share --runs and --results if their --methods differ and MAE, the teacher, is done.
         --quick: 200 synthetic images and a few steps, to see that everything works, with --results of its own.
@@ -32,7 +32,7 @@ ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 import data
 
-SHAPE = "--model micro --patch-size 4 --image-size 32"     # of every encoder; micro is another row in the two distillers still
+SHAPE = "--model micro --patch-size 4 --image-size 32"     # of every encoder
 DECODER = "--decoder-embed-dim 32 --decoder-depth 1 --decoder-num-heads 2"
 TAUGHT = "--layer-scale 1 --base-lr 3e-3 --color-jitter 0 --teacher {mae}"
 LABELS = f"--base-lr 2e-3 --mixup 0 --cutmix 0 --randaugment 0 --drop-path 0 --eval-every 100 {DECODER}"
@@ -46,7 +46,7 @@ METHODS = {                                              # script and what it ne
     "supmim": f"supmim.py --mim-weight 5 {LABELS}"}
 TUNE = "--batch-size 64 --base-lr 8e-3 --mixup 0 --cutmix 0 --randaugment 0 --erasing 0 --drop-path 0 --eval-every 100"
 PROTOCOLS = {                                            # and the epochs of each, a tenth of them warm-up
-    "knn": ("knn", None), "linear": ("linear", None), "attentive": ("attentive --base-lr 1e-2 --eval-every 100", 1),
+    "knn": ("knn", None), "linear": ("linear", None),
     "finetune": (f"finetune {TUNE}", 2), "finetune 10 %": (f"finetune --percent 10 {TUNE}", 5),
     "finetune 1 %": (f"finetune --percent 1 {TUNE}", 50)}
 LABELLED = {"supervised", "supmim", "flip"}

@@ -663,14 +663,13 @@ def train(cfg: Config) -> dict:
     run = common.Run("amt", cfg, model, optimizer, steps_per_epoch, {"maps": maps})
     common.log(f"{common.count_parameters(model):,} parameters; from epoch {cfg.attention_from} on "
                f"{cfg.mask_ratio:.0%} of the patches masked, {cfg.throw_ratio:.0%} thrown")
-    if cfg.compile:
+    if common.wants_compile(cfg, device):
         model.compile(dynamic=False)                     # in place; once for each pair of ratios
     network = model
     if common.world_size() > 1:
-        # averages gradients over processes; there are no buffers to keep equal
-        network = DistributedDataParallel(model, broadcast_buffers=False,
-                                          gradient_as_bucket_view=True)
-    amp = common.autocast(device, cfg.precision)
+        # averages gradients over processes
+        network = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    amp = common.autocast(device, cfg.precision, cfg.embed_dim)
     samples = data.sample_images(splits.test or splits.pretrain, cfg.image_size, 8, device)
     sample_noise = torch.rand(8, patches, generator=torch.Generator().manual_seed(0)).to(device)
     batches = data.batches(splits.pretrain, cfg, run.first_step, run.last_step)

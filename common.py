@@ -89,10 +89,15 @@ def command_line():
         message = str(error).strip().split("\n")[-1].removeprefix("common.UserError: ")
     except (MemoryError, RuntimeError) as error:
         no_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not no_memory and "can't allocate memory" not in str(error):        # torch on a CPU
+        no_memory = no_memory or "can't allocate memory" in str(error)         # torch on a CPU
+        if no_memory:
+            message = (f"out of memory ({first_line(error)}); a smaller --batch-size, a larger "
+                       "--accumulate or fewer --workers need less")
+        elif type(error).__name__ in ("InductorError", "BackendCompilerFailed"):
+            message = (f"the model cannot be compiled ({first_line(error)}); --no-compile does "
+                       "without")
+        else:
             raise
-        message = (f"out of memory ({first_line(error)}); a smaller --batch-size, a larger "
-                   "--accumulate or fewer --workers need less")
     except KeyboardInterrupt:
         if rank() == 0:
             print("\nstopped; the same command (without --no-resume) goes on from the last "
@@ -128,6 +133,8 @@ def init_distributed(cfg) -> torch.device:
     device = torch.device(kind, local_rank if kind == "cuda" else None)
     if kind == "cuda":
         torch.cuda.set_device(device)
+        if cfg.precision != "fp32":                      # TF32 for the products that stay fp32
+            torch.set_float32_matmul_precision("high")
     if kind == "cpu":
         keep_freed_memory()
     if world_size() > 1 and not dist.is_initialized():
@@ -195,7 +202,7 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda if there is a GPU, else cpu
     workers: int = 0              # loader processes for each training process; 0: none
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of matrix products; auto: bf16 if a GPU has it
-    compile: bool | None = None   # compile the model: slow first steps, faster ones later; neither: no
+    compile: bool | None = None   # compile the model: slow first steps, faster ones later; neither: on GPUs
     resume: bool = True           # go on from the folder's checkpoint; no: keep the folder as OUTPUT.1
     max_steps: int = 0            # stop after this many steps of the schedule; 0: at its end
     save_every: int = 0           # steps between checkpoints, besides one after each epoch; 0: none
@@ -398,13 +405,28 @@ def add_drop_path(blocks, rate: float):
         block.mlp.register_forward_hook(drop)
 
 
-def autocast(device, precision: str):
-    """bf16 matrix products if asked for, or by "auto" on a GPU that has them; never fp16.
+def autocast(device, precision: str, width: int = 0):
+    """bf16 matrix products if asked for, or by "auto" where they are fast; never fp16.
 
-    A GPU that only emulates bf16 (T4, V100, RTX 20) is slower with it: fp32 there."""
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    bf16 = precision == "bf16" or (precision == "auto" and native)
+    Fast: GPUs that do not only emulate them (as T4, V100, RTX 20 do), and CPUs with AMX if the
+    model's width is known and at least 192."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()          # absent in old torch
+        fast = device.type == "cpu" and width >= 192 and capabilities.get("amx_bf16", False)
+    bf16 = precision == "bf16" or (precision == "auto" and fast)
+    if bf16 and device.type == "cpu":                    # the fused attention is slow there in bf16
+        torch.backends.cuda.enable_flash_sdp(False)      # despite its name it is the CPU's switch
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def wants_compile(cfg, device) -> bool:
+    """--compile or --no-compile. Neither: on a GPU, but for `shapes`, whose run is too short."""
+    if cfg.compile is None:
+        return device.type == "cuda" and cfg.data != "shapes"
+    return cfg.compile
 
 
 def sync_on_last(network, i: int, accumulate: int):

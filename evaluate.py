@@ -510,7 +510,10 @@ def linear(cfg: Config, encoder, device, splits) -> dict:
         lr = common.set_lr(optimizer, cfg, step, steps_per_epoch, cfg.min_lr)
         step_loss = 0.0
         for i, keys in enumerate(micro_batches):
-            rows = torch.tensor([row for _, row in keys], device=device)       # (B,)
+            rows = torch.tensor([row for _, row in keys])                      # (B,)
+            if device.type == "cuda":
+                rows = rows.pin_memory()                 # the host does not wait for the copy
+            rows = rows.to(device, non_blocking=True)
             is_used = torch.ones(len(rows), 2, 1, device=device)
             is_used[held_out[rows], 0] = 0.0             # not for the layers that choose
             with common.sync_on_last(network, i, cfg.accumulate):
@@ -589,7 +592,7 @@ def linear_augmented(cfg: Config, encoder, device, splits) -> dict:
     steps_per_epoch = common.plan_steps(cfg, len(splits.train))
     run = common.Run(name, cfg, head, optimizer, steps_per_epoch)
     common.log(f"{common.count_parameters(head):,} parameters are trained")
-    if cfg.compile:
+    if common.wants_compile(cfg, device):
         encoder.encode = torch.compile(encoder.encode)
     network = distributed(head)
     batches = data.batches(splits.train, cfg, run.first_step, run.last_step)
@@ -765,7 +768,7 @@ def finetune(cfg: Config, encoder, device, splits, about: dict) -> dict:
     steps_per_epoch = common.plan_steps(cfg, len(splits.train))
     run = common.Run(name, cfg, trained, optimizer, steps_per_epoch)
     common.log(f"{common.count_parameters(model):,} parameters are trained")
-    if cfg.compile:
+    if common.wants_compile(cfg, device):
         model.compile()
     network = distributed(model)
     mix = data.mixing(cfg.mixup, cfg.cutmix, len(splits.classes))
@@ -1051,7 +1054,7 @@ def segment(cfg: Config, encoder, device) -> dict:
     steps_per_epoch = common.plan_steps(cfg, len(train))
     run = common.Run(name, cfg, trained, optimizer, steps_per_epoch)
     common.log(f"{common.count_parameters(model):,} parameters are trained")
-    if cfg.compile:
+    if common.wants_compile(cfg, device):
         model.compile()
     network = distributed(model)
     batches = data.batches(train, cfg, run.first_step, run.last_step)

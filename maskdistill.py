@@ -223,8 +223,15 @@ class RelativePositions(nn.Module):
         self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, num_heads))
 
     def forward(self):
-        bias = F.embedding(self.index, self.relative_position_bias_table)      # (T, T, heads)
-        return bias.permute(2, 0, 1).unsqueeze(0).contiguous()                 # (1, heads, T, T)
+        table = self.relative_position_bias_table                              # (rows, heads)
+        device = table.device.type
+        if torch.is_autocast_enabled(device):            # once, and not in each block
+            table = table.to(torch.get_autocast_dtype(device))
+        bias = F.embedding(self.index, table)                                  # (T, T, heads)
+        bias = bias.permute(2, 0, 1).unsqueeze(0)                              # (1, heads, T, T)
+        # the fast attention kernels of GPUs want rows whose length in memory is a multiple of 8
+        T = bias.shape[-1]
+        return F.pad(bias, (0, -T % 8))[..., :T]
 
 
 class Attention(nn.Module):
@@ -545,15 +552,14 @@ def train(cfg: Config) -> dict:
     patches = model.grid[0] * model.grid[1]
     common.log(f"{common.count_parameters(model):,} parameters, {model.num_masked} of {patches} "
                f"patches masked, targets of width {target_dim}")
-    if cfg.compile:
+    if common.wants_compile(cfg, device):
         model.compile()                                  # in place: parameter names stay
         teacher = torch.compile(teacher)
     network = model
     if common.world_size() > 1:
-        # averages gradients over processes; there are no buffers to keep equal
-        network = DistributedDataParallel(model, broadcast_buffers=False,
-                                          gradient_as_bucket_view=True)
-    amp = common.autocast(device, cfg.precision)
+        # averages gradients over processes
+        network = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    amp = common.autocast(device, cfg.precision, cfg.embed_dim)
     samples = data.sample_images(splits.test or splits.pretrain, cfg.image_size, 8, device)
     sample_noise = torch.rand(8, model.noise_width, generator=torch.Generator().manual_seed(0))
     sample_noise = sample_noise.to(device)
@@ -850,7 +856,7 @@ def train_classifier(vit, dataset, classes: int, cfg: Config, device,
     for images, labels, _ in tqdm(loaded, "teacher", len(batches), leave=False, disable=None):
         tokens = vit.encode(data.to_device(images, device))                    # (B, 1 + N, D)
         logits = head(tokens[:, 1:].mean(dim=1))                               # (B, classes)
-        loss = F.cross_entropy(logits, labels.to(device))
+        loss = F.cross_entropy(logits, labels.to(device, non_blocking=True))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -519,14 +519,13 @@ def train(cfg: Config) -> dict:
     patches = model.grid[0] * model.grid[1]
     common.log(f"{common.count_parameters(model):,} parameters, {len(splits.train)} labelled "
                f"images, {int(patches * (1 - cfg.mask_ratio))} of {patches} patches visible")
-    if cfg.compile:
+    if common.wants_compile(cfg, device):
         model.compile()                                  # in place: parameter names stay
     network = model
     if common.world_size() > 1:
-        # averages gradients over processes; there are no buffers to keep equal
-        network = DistributedDataParallel(model, broadcast_buffers=False,
-                                          gradient_as_bucket_view=True)
-    amp = common.autocast(device, cfg.precision)
+        # averages gradients over processes
+        network = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    amp = common.autocast(device, cfg.precision, cfg.embed_dim)
     mix = data.mixing(cfg.mixup, cfg.cutmix, classes)
     samples = data.sample_images(splits.test, cfg.image_size, 8, device)
     sample_noise = torch.rand(8, patches, generator=torch.Generator().manual_seed(0)).to(device)
@@ -584,7 +583,7 @@ def train(cfg: Config) -> dict:
 def score_classifier(model: SupMIM, test: data.ImageDataset, cfg: Config, device) -> dict:
     """Top-1 and top-5 accuracy on the test images, in percent."""
     def classify(images):
-        with common.autocast(device, cfg.precision):
+        with common.autocast(device, cfg.precision, cfg.embed_dim):
             return model.classify(images)                                      # (B, classes)
 
     model.eval()                                         # no drop path

@@ -49,6 +49,14 @@ def fill(model, skip=()):
     return model
 
 
+@pytest.fixture(autouse=True)
+def attention_kernels():
+    """What common.autocast switches for bf16 on a CPU is switched back."""
+    yield
+    torch.backends.cuda.enable_flash_sdp(True)
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(False)
+
+
 @pytest.fixture
 def in_tmp(tmp_path, monkeypatch):
     """Run in an empty folder, so that a run's output lands there."""

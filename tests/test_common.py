@@ -77,6 +77,33 @@ def test_bf16_only_where_it_is_native(monkeypatch):
     assert common.autocast(torch.device("cuda"), "auto") is False and asked
     assert common.autocast(torch.device("cuda"), "bf16") is True
     assert common.autocast(torch.device("cpu"), "auto") is False
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    assert common.autocast(torch.device("cpu"), "auto", 192) is True
+    assert common.autocast(torch.device("cpu"), "auto", 191) is False
+    assert common.autocast(torch.device("cpu"), "fp32", 192) is False
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True}, raising=False)
+    assert common.autocast(torch.device("cpu"), "auto", 192) is False
+
+
+def test_compiled_by_default_on_gpus_but_for_shapes():
+    gpu = torch.device("cuda")
+    assert common.wants_compile(mae.Config(data="imagenet"), gpu)
+    assert not common.wants_compile(mae.Config(data="imagenet"), torch.device("cpu"))
+    assert not common.wants_compile(mae.Config(), gpu)
+    assert common.wants_compile(mae.Config(compile=True), gpu)
+    assert not common.wants_compile(mae.Config(data="imagenet", compile=False), gpu)
+
+
+def test_without_a_compiler(capfd):
+    class InductorError(RuntimeError):
+        pass
+
+    with pytest.raises(SystemExit) as stop, common.command_line():
+        raise InductorError("No working C++ compiler found\nin config: None")
+    assert stop.value.code == 2
+    error = capfd.readouterr().err
+    assert error.startswith("error: the model cannot be compiled (No working C++ compiler")
+    assert "--no-compile" in error
 
 
 # ---------------------------------------------------------------------------------------- flags

@@ -173,14 +173,15 @@ def speed(args) -> int:
             print(f"{name} does not start; see speed.log")
     print(f"{benchmark.device_name(args.device)}, torch {torch.__version__}, {settings.model}/16, "
           "bf16, fused AdamW, synthetic images on the device")
-    print(f"{'':24}{'batch':>6}{'':10}images/s  share of {product(args.device) / 1e12:.0f} TFLOP/s"
+    print(f"{'':24}{'batch':>6}{'':10}images/s  share of {product(args.device) / 1e12:.3g} TFLOP/s"
           "  peak GiB")
     batches = (4,) if args.quick else (256, 64)
     for compiled in (False,) if args.quick else (False, True):
         for batch in batches:
             for together in TOGETHER if compiled else [(name,) for name in names]:
-                together = [name for name in together if name in flops]
-                measure(args, pipes, flops, together, batch, compiled)
+                started = [name for name in together if name in flops]
+                if started:
+                    measure(args, pipes, flops, started, batch, compiled)
     return 0
 
 

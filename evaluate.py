@@ -269,7 +269,7 @@ def config_from(config_class, settings: dict, **changes):
     checkpoint's, unless `model` is among the changes. Raises UserError on the settings of another
     version."""
     names = {field.name for field in fields(config_class)}
-    sizes = {"embed_dim", "depth", "num_heads"}
+    sizes = vars(config_class()).keys() - names          # derived from `model`: no flags
     unknown = sorted(settings.keys() - names - sizes)
     if unknown:
         raise common.UserError("the checkpoint is of another version of this code: it has the "

@@ -146,9 +146,9 @@ def our_morphing(size, morphs=2):
     return model, loss
 
 
-def our_pairs(size, mask_ratio, towers="open_clip", length=77):
-    """FLIP with open_clip's towers: 77 ids of 49,408; captions are drawn anew for each step."""
-    model = flip.FLIP(224, 16, *flip.SIZES[size], 49408, length, mask_ratio=mask_ratio, towers=towers)
+def our_pairs(size, mask_ratio, length=77):
+    """FLIP with 77 ids of 49,408, as open_clip has; captions are drawn anew for each step."""
+    model = flip.FLIP(224, 16, *flip.SIZES[size], 49408, length, mask_ratio=mask_ratio)
     return model, lambda model, images: model(images, captions(images, length))[0]
 
 
@@ -459,7 +459,7 @@ def hours(args):
         return counted(lambda: loss(model, torch.randn(2, 3, 224, 224))) / 2e9
     train = 1_281_167                                    # ImageNet-1k
     recipes = {"mae.py": (mae, ours), "maskdistill.py": (maskdistill, our_student), "dtm.py": (dtm, our_morphing), "amt.py": (amt, our_attention),
-               "supmim.py": (supmim, our_classifier), "flip.py --preset laion": (flip, functools.partial(our_pairs, mask_ratio=0.5, towers="flip", length=32))}
+               "supmim.py": (supmim, our_classifier), "flip.py --preset laion": (flip, functools.partial(our_pairs, mask_ratio=0.5, length=32))}
     print(f"eight GPUs at {args.tflops:.0f} TFLOP/s each; a core decodes {args.decode[0]} JPEGs a second, or {args.decode[1]} shrunk ones\n"
           f"{'':24}images, millions   GFLOP/image   hours   images/s   cores   shrunk")
     for label, (script, make) in recipes.items():

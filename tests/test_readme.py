@@ -45,7 +45,7 @@ TINY = {                                                 # what is put behind a 
     "dtm": f"{VIT} --batch-size 10 --min-block 2",
     "flip": f"{VIT} --batch-size 4 --text-length 12 --epoch-pairs 8",
     "evaluate": "--workers 0 --batch-size 8 --epochs 1 --max-steps 1 --accumulate 1"}
-RELEASED = "--image-size 16 --patch-size 4"              # with evaluate.py --model base
+RELEASED = "--image-size 16"                             # of the presets for released files
 NAMED = {"FOLDER": "photos", "WHERE": ".", "shards/{00000..41407}.tar": "shards/00000.tar"}
 DATA = {"cifar10", "cifar10-jpg", "imagenet", "tiny-imagenet", "stl10"}
 
@@ -105,7 +105,7 @@ def tiny(words: list) -> tuple[str, list]:
     made += [*TINY[script].split(), "--output", "run"]
     if script in ("maskdistill", "dtm") and "--teacher" not in flags:
         made += ["--teacher", "mae.pt"]                  # for what it would download
-    if script == "evaluate" and ("--model" in flags or "none" in flags):
+    if script == "evaluate" and any(flag.endswith(".pth") for flag in flags):
         made += RELEASED.split()
     return script, made
 

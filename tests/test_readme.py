@@ -47,6 +47,7 @@ TINY = {                                                 # what is put behind a 
     "evaluate": "--workers 0 --batch-size 8 --epochs 1 --max-steps 1 --accumulate 1"}
 RELEASED = "--image-size 16"                             # of the presets for released files
 NAMED = {"FOLDER": "photos", "WHERE": ".", "shards/{00000..41407}.tar": "shards/00000.tar"}
+METHODS = ("mae", "maskdistill", "flip", "dtm", "amt", "supmim")
 DATA = {"cifar10", "cifar10-jpg", "imagenet", "tiny-imagenet", "stl10"}
 
 
@@ -222,16 +223,19 @@ def test_command(prepared, monkeypatch, words):
         assert Path("run/checkpoint.pt").exists()
 
 
-def test_lines_that_differ():
-    """The counts that the README gives for `diff A B`, lines that begin with < or >."""
+def test_lines():
+    """The lines of each script that the README's table gives, and the counts for `diff A B`, lines
+    that begin with < or >."""
     readme = (ROOT / "README.md").read_text()
+    shown = re.findall(r"^\| `(\w+\.py)` \|.*\| ([\d,]+) \|", readme, re.M)
+    assert [name for name, _ in shown] == [f"{name}.py" for name in METHODS]
+    for name, count in shown:
+        assert int(count.replace(",", "")) == len((ROOT / name).read_text().splitlines()), name
     shown = re.findall(r"`diff (\w+\.py) (\w+\.py)`: (\d+) lines", readme)
-    others = {f"{name}.py" for name in ("maskdistill", "flip", "dtm", "amt", "supmim")}
-    assert {second for _, second, _ in shown} == others
+    assert {second for _, second, _ in shown} == {f"{name}.py" for name in METHODS[1:]}
     for first, second, count in shown:
-        printed = subprocess.run(["diff", first, second], cwd=ROOT, capture_output=True, text=True)
-        lines = printed.stdout.splitlines()
-        assert int(count) == sum(line[0] in "<>" for line in lines), (first, second)
+        done = subprocess.run(["diff", first, second], cwd=ROOT, capture_output=True, text=True)
+        assert int(count) == sum(line[0] in "<>" for line in done.stdout.splitlines()), second
 
 
 def test_benchmark_commands(prepared, monkeypatch, capsys):

@@ -325,6 +325,16 @@ def test_map_lift():
     assert amt.map_lift(maps, objects) > 10
 
 
+def test_share_of_the_objects_that_is_masked():
+    maps = torch.zeros(2000, 16, dtype=torch.uint8)
+    objects = torch.zeros(2000, 16)
+    objects[:, 3] = 1
+    at_random = amt.masked_object_share(maps, objects, 0.45)                   # 7 of 16
+    assert at_random == pytest.approx(7 / 16, abs=0.03)
+    maps[:, 3] = 255
+    assert amt.masked_object_share(maps, objects, 0.45) > 0.99
+
+
 # -------------------------------------------------------------------------------------------- whole runs
 TINY = dict(data="photos", image_size=16, decoder_embed_dim=16, crop_scale=0.5, norm_pix=True, epochs=3, batch_size=10,
             attention_from=1, refresh_every=1)              # 40 photos: 4 steps an epoch

@@ -666,6 +666,13 @@ def test_folder_of_a_run(file, folder):
     assert cfg.output == f"runs/{folder}"
 
 
+def test_runs_that_differ_have_folders_of_their_own():
+    settings = [dict(protocol="finetune"), dict(protocol="finetune", eval=True),
+                dict(protocol="linear"), dict(protocol="linear", cached=False)]
+    outputs = {evaluate.Config(data="photos", **changes).output for changes in settings}
+    assert len(outputs) == 4
+
+
 # -------------------------------------------------------------------------------------------- runs
 @pytest.fixture
 def scored(monkeypatch):

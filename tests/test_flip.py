@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import common
 import data
+import evaluate
 import flip
 import mae
 from conftest import ROOT, draw, golden
@@ -505,6 +506,8 @@ def test_exported_encoder_is_a_vit_in_timms_names(photos):
     model.load_state_dict(weights("run"))
     images = torch.randn(2, 3, 16, 16)
     assert torch.equal(vit.encode(images), model.encode(images))
+    loaded, *_ = evaluate.load_encoder(evaluate.Config(checkpoint="run/checkpoint.pt"))
+    assert torch.equal(loaded.encode(images), model.encode(images))
 
 
 def test_resumed_run_equals_an_undisturbed_one(photos):

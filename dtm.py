@@ -28,7 +28,8 @@ not only the masked ones; the target is not normalised; beta is 2; CLIP's featur
 its projection. Morphing adds no parameters.
 
     python dtm.py                                     # synthetic shapes, no download:
-        linear probe, 8 classes: pixels ?? %, teacher ?? %, trained ?? %, untrained ?? %
+        linear probe, 8 classes, seeds 0 to 2: trained 85.5, 76.5, 77.7 %, its teacher 90.2, 81.3,
+        86.4 %, untrained 17.4, 18.2, 16.5 %, pixels 22.1 %
     python dtm.py --morphs 0                          # the control: token by token
     torchrun --nproc_per_node=8 dtm.py --data imagenet --data-root /where/imagenet/is
 

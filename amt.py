@@ -733,8 +733,8 @@ def log_refresh(run, step: int, maps, seconds: float):
         lift = map_lift(maps[:count], objects)
         share = masked_object_share(maps[:count], objects, run.cfg.mask_ratio)
         metrics |= {"map_lift": lift, "objects_masked": share}
-        text = (f"; attention on the objects is {lift:.1f} times the mean and masks {share:.0%} of "
-                f"them (at random {run.cfg.mask_ratio:.0%})")
+        text = (f"; attention on the objects is {lift:.1f} times the mean and masks "
+                f"{100 * share:.0f} % of them (at random {100 * run.cfg.mask_ratio:.0f} %)")
     run.write(step=step, **metrics)
     run.interval_start = time.time()                     # images/s are those of the training
     common.log(f"step {step}: {len(maps)} maps made anew in {seconds:.1f} s{text}")

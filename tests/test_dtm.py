@@ -417,7 +417,7 @@ def morphed_by_hand(online, target, rounds):
 
 
 @pytest.mark.parametrize("kind, clip, morphs", [("self", 0.2, 2), ("clip.pt", 0.29, 3),
-                                                ("vit.pth", 0.11, 0)])
+                                                ("vit.pth", 0.1, 0)])
 def test_recipe(photos, unscored, monkeypatch, kind, clip, morphs):
     """Five steps of a loop written out, with the matching by lists of above, end with the same
     weights, averages of gradients, teacher."""

@@ -664,7 +664,8 @@ def train(cfg: Config) -> dict:
     maps = torch.full((len(splits.pretrain), patches), 255, dtype=torch.uint8, device=device)
     run = common.Run("amt", cfg, model, optimizer, steps_per_epoch, {"maps": maps})
     common.log(f"{common.count_parameters(model):,} parameters; from epoch {cfg.attention_from} on "
-               f"{cfg.mask_ratio:.0%} of the patches masked, {cfg.throw_ratio:.0%} thrown")
+               f"{100 * cfg.mask_ratio:.0f} % of the patches masked, "
+               f"{100 * cfg.throw_ratio:.0f} % thrown")
     if common.wants_compile(cfg, device):
         model.compile(dynamic=False)                     # in place; once for each pair of ratios
     network = model

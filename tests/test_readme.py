@@ -321,33 +321,49 @@ def test_study(prepared, monkeypatch):
     by_hand = commands(by_hand=True)
     shown = {words[2] for words in by_hand if words[1] == "tests/measure/study.py"}
     assert shown == {"run", "table", "jpegs"}
-    args = argparse.Namespace(data="photos", workers=0, epochs=4, quick=False)
-    train, score, numbers = study.settings(args)
-    for line in study.METHODS.values():
-        name, flags = line.format(mae="mae.pt", **numbers).split(" ", 1)
+    args = argparse.Namespace(data="photos", workers=0, epochs=30, quick=False, runs=Path("study"),
+                              results=Path("known.jsonl"))
+    known = {"method": "supervised", "seed": 1, "protocol": "probe", "epoch": 30}
+    args.results.write_text(json.dumps(known) + "\n")
+    for method in study.METHODS:
+        name, flags = study.command(method, 1, args)
         script = importlib.import_module(name.removesuffix(".py"))
-        argv = shlex.split(f"{train} {study.SHAPE} {flags}")
-        cfg = common.parse_config(script.Config, script.PRESETS, argv)
-        found = (cfg.embed_dim, cfg.epochs, cfg.batch_size, cfg.crop_scale)
-        assert found == (64, 4, 128, 0.5)
+        cfg = common.parse_config(script.Config, script.PRESETS, shlex.split(flags))
+        found = (cfg.embed_dim, cfg.epochs, cfg.warmup_epochs, cfg.batch_size, cfg.crop_scale)
+        assert found == (64, 30, 3, 128, 0.5)
+        if method.startswith("amt"):
+            assert (cfg.attention_from, cfg.refresh_every) == (3, 6)
+        if method.startswith(("maskdistill", "dtm")):
+            assert cfg.teacher == "study/supervised-s1/checkpoint.pt"
+    with pytest.raises(SystemExit, match="dtm needs its teacher"):
+        study.command("dtm", 0, args)
     monkeypatch.setattr(study, "PROTOCOLS", {"finetune": study.PROTOCOLS["finetune"]})
+    monkeypatch.setattr(study, "CURVE", (1,))
     monkeypatch.setattr(study, "call", call_here)
-    flags = ["run", "--quick", "--runs", "study", "--results", "study.jsonl",
-             "--methods", "none", "mae"]
+    flags = ["run", "--quick", "--runs", "study", "--results", "study.jsonl", "--seeds", "0",
+             "--methods", "untrained", "mae"]
     study.main(flags)
     lines = [json.loads(line) for line in open("study.jsonl")]
-    known = [(line["method"], line["protocol"]) for line in lines]
-    assert known == [("none", "finetune"), ("mae", "finetune")]
+    known = [(line["method"], line["protocol"], line["epoch"]) for line in lines]
+    assert known == [("untrained", "finetune", 2), ("mae", "probe", 1), ("mae", "probe", 2),
+                     ("mae", "finetune", 2)]
+    steps = [json.loads(line)["step"] for line in open("study/mae-s0/metrics.jsonl")]
+    assert max(steps) == 10 and steps.count(5) > 1       # stopped after an epoch, and went on
     study.main(flags)
-    assert len(open("study.jsonl").readlines()) == 2
+    assert len(open("study.jsonl").readlines()) == 4
     with pytest.raises(SystemExit, match="other --data or --epochs"):
         study.main([word for word in flags if word != "--quick"])
-    Path("README.md").write_text("before\n<!-- study -->\nold\n<!-- /study -->\nafter\n")
+    for path in (Path("README.md"), Path("tests/measure/results.md")):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("before\n<!-- study -->\nold\n<!-- /study -->\nafter\n")
     monkeypatch.setattr(study, "ROOT", prepared)
-    study.main(["table", "--results", "study.jsonl", "--picture", "study.png"])
-    text = Path("README.md").read_text()
-    assert text.startswith("before\n<!-- study -->\n") and "old" not in text
-    assert text.endswith("<!-- /study -->\nafter\n")
-    untrained, trained = (f"{line['top1']:.1f}" for line in lines)
-    assert f"| untrained | {untrained} |  |\n| `mae.py` | {trained} |  |" in text
+    study.main(["table", "--results", "study.jsonl", "--image", "study.png"])
+    untrained, early, late, trained = (f"{line['top1']:.1f}" for line in lines)
+    for path in ("README.md", "tests/measure/results.md"):
+        text = Path(path).read_text()
+        assert text.startswith("before\n<!-- study -->\n") and "old" not in text
+        assert text.endswith("<!-- /study -->\nafter\n")
+        assert f"| untrained | {untrained} |" in text
+        assert f"| `mae.py` | {trained} |" in text
+    assert f"| `mae.py` | {trained} | {early} | {late} | 0." in text
     assert Image.open("study.png").width > 500

@@ -1,16 +1,21 @@
-"""All six methods on the same images with the same budget. Run by hand: `python tests/measure/study.py run --data cifar10-jpg`.
+"""The study: six methods on the same images, with one encoder and one number of epochs.
 
-run     trains each method, the supervised baseline and nothing (the untrained encoder), one encoder, one number of epochs,
-        one augmentation, and scores each with evaluate.py: k-NN, linear, fine-tuning on all labels and on 10 and
-        1 %. It goes on where it stopped: what --results holds already is not run again, and a run that was cut short resumes.
-        Several at once may share --runs and --results if their --methods differ and MAE, the teacher, is done.
-        --quick: 200 synthetic images and a few steps, to see that everything works, with --results of its own.
-table   writes --results as a Markdown table and as an image, between the study's marks in README.md.
-jpegs   makes the folder --data: CIFAR-10, downloaded, as JPEGs of Pillow's default quality in class folders.
+    python tests/measure/study.py jpegs --data cifar10-jpg    # CIFAR-10 as JPEGs in class folders
+    python tests/measure/study.py run --data cifar10-jpg      # goes on where it stopped
+    python tests/measure/study.py table                       # tables, and the figure
 
-What is given to whom: MAE and AMT get images alone; MaskDistill and DTM are taught by the study's own MAE, and their encoders
-have relative positions and layer scale besides; FLIP reads the names of the classes in captions, the baseline and SupMIM
-learn the labels: these three have seen the labels. "own": top-1 of what the pre-training itself classifies with.
+run     trains each method, the supervised baseline and two controls. Training pauses after the
+        epochs of CURVE for a linear probe, and at the end evaluate.py scores the encoder: k-NN,
+        linear, fine-tuning on all, 10 % and 1 % of the labels. Each score is a line of --results;
+        what is there is not run again, and a training that was cut short resumes. Two at once may
+        share --runs and --results if their --methods differ (those of the teacher's students wait
+        for it: run `supervised` first). --quick: a few synthetic images, to see that all works.
+table   writes the tables into README.md and tests/measure/results.md, and assets/study.png.
+
+What is given to whom: MAE and AMT get images alone. MaskDistill and DTM have the supervised
+baseline of the same seed as their teacher, in the place of CLIP: something that knows more than
+the pixels say. FLIP reads the names of the classes in captions; the baseline and SupMIM learn the
+labels. So all but MAE and AMT owe something to the labels of the training images.
 """
 
 import argparse
@@ -21,6 +26,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -34,62 +40,133 @@ import data
 
 SHAPE = "--model micro --patch-size 4 --image-size 32"     # of every encoder
 DECODER = "--decoder-embed-dim 32 --decoder-depth 1 --decoder-num-heads 2"
-TAUGHT = "--layer-scale 1 --base-lr 3e-3 --color-jitter 0 --teacher {mae}"
-LABELS = f"--base-lr 2e-3 --mixup 0 --cutmix 0 --randaugment 0 --drop-path 0 --eval-every 100 {DECODER}"
-METHODS = {                                              # script and what it needs besides SHAPE and the budget
-    "mae": f"mae.py --base-lr 4e-3 {DECODER}",
-    "amt": f"amt.py --base-lr 4e-3 --norm-pix {DECODER} --attention-from {{start}} --refresh-every {{refresh}}",
-    "maskdistill": f"maskdistill.py {TAUGHT}",
-    "dtm": f"dtm.py {TAUGHT}",
-    "flip": "flip.py --base-lr 4e-3",
+STUDENT = "--layer-scale 1 --base-lr 3e-3 --color-jitter 0 --teacher {teacher}"
+MASK_MORE = f"--base-lr 4e-3 {DECODER} --attention-from {{tenth}} --refresh-every {{fifth}}"
+LABELS = ("--base-lr 2e-3 --mixup 0 --cutmix 0 --randaugment 0 --drop-path 0 --smoothing 0 "
+          f"--eval-every 1000 {DECODER}")
+METHODS = {                                              # script, and flags besides SHAPE
     "supervised": f"supmim.py --mim-weight 0 {LABELS}",
-    "supmim": f"supmim.py --mim-weight 5 {LABELS}"}
-TUNE = "--batch-size 64 --base-lr 8e-3 --mixup 0 --cutmix 0 --randaugment 0 --erasing 0 --drop-path 0 --eval-every 100"
-PROTOCOLS = {                                            # and the epochs of each, a tenth of them warm-up
-    "knn": ("knn", None), "linear": ("linear", None),
-    "finetune": (f"finetune {TUNE}", 2), "finetune 10 %": (f"finetune --percent 10 {TUNE}", 5),
-    "finetune 1 %": (f"finetune --percent 1 {TUNE}", 50)}
-LABELLED = {"supervised", "supmim", "flip"}
+    "mae": f"mae.py --base-lr 4e-3 {DECODER}",
+    "maskdistill": f"maskdistill.py {STUDENT}",
+    "flip": "flip.py --base-lr 4e-3",
+    "dtm": f"dtm.py {STUDENT}",
+    "amt": f"amt.py {MASK_MORE}",
+    "supmim": f"supmim.py --mim-weight 5 {LABELS}",
+    "dtm-control": f"dtm.py --morphs 0 {STUDENT}",
+    "amt-control": f"amt.py --sampling uniform {MASK_MORE}",
+}
+NAMES = {                                                # of the rows, in the order of the tables
+    "untrained": "untrained",
+    "mae": "`mae.py`",
+    "amt": "`amt.py`",
+    "amt-control": "`amt.py --sampling uniform`",
+    "maskdistill": "`maskdistill.py`",
+    "dtm": "`dtm.py`",
+    "dtm-control": "`dtm.py --morphs 0`",
+    "flip": "`flip.py` (labels)",
+    "supmim": "`supmim.py` (labels)",
+    "supervised": "`supmim.py --mim-weight 0` (labels)",
+}
+CONTROLS = ("amt-control", "dtm-control")                # not in the README's table
+TUNE = ("--batch-size 64 --base-lr 8e-3 --mixup 0 --cutmix 0 --randaugment 0 --erasing 0 "
+        "--drop-path 0 --eval-every 1000")
+PROTOCOLS = {                                            # flags of evaluate.py, and epochs
+    "k-NN": ("knn", None),
+    "linear": ("linear", None),
+    "finetune": (f"finetune {TUNE}", 2),
+    "finetune 10 %": (f"finetune --percent 10 {TUNE}", 5),
+    "finetune 1 %": (f"finetune --percent 1 {TUNE}", 50),
+}
+CURVE = (5, 10, 20)                                      # epochs, besides the last
+COLORS = {"mae": "#1f77b4", "amt": "#17becf", "maskdistill": "#d62728", "dtm": "#ff7f0e",
+          "flip": "#2ca02c", "supmim": "#9467bd", "supervised": "#555555"}
 
 
-def settings(args) -> tuple[str, str, dict]:
-    """The budget: flags of the pre-training, flags of the scores, and numbers for the braces above."""
-    source = f"--data {shlex.quote(str(args.data))} --workers {args.workers}"
-    train = f"{source} --preset cifar10 --epochs {args.epochs} --warmup-epochs {args.epochs / 10} --crop-scale 0.5"
+# ------------------------------------------------------------------------------------------- run
+def run(args):
+    """Fill --results: {method, seed, protocol, epoch, top1 in percent, how it was come by}."""
     if args.quick:
-        return f"{train} --batch-size 32", f"{source} --batch-size 8", dict(start=1, refresh=1)
-    start = max(1, args.epochs // 10)
-    return f"{train} --batch-size 128", source, dict(start=start, refresh=max(start, args.epochs // 2))
+        args.data = draw_images(args.runs / "images")
+        args.epochs = 2
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    for line in read(args.results):
+        if (line["data"], line["epochs"]) != (Path(args.data).name, args.epochs):
+            raise SystemExit(f"{args.results} holds scores of other --data or --epochs; give "
+                             "another --results and --runs")
+    images = len(data.open_data(str(args.data), "data").pretrain)
+    for seed in args.seeds:
+        for method in args.methods:
+            if method != "untrained":
+                train(method, seed, images, args)
+            score(method, seed, args)
 
 
-def draw_images(folder: Path) -> Path:
-    """160 synthetic images to train on and 40 to test on, as class folders."""
-    for part, count in (("train", 160), ("val", 40)):
-        drawn = data.synthetic_shapes("train" if part == "train" else "test", np.arange(count))
-        for i, (picture, shape) in enumerate(zip(drawn["image"], drawn["shape"])):
-            path = folder / part / str(shape) / f"{i}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(picture.transpose(1, 2, 0)).save(path)
-    return folder
+def train(method: str, seed: int, images: int, args):
+    """Train to each epoch of the curve, and to the end; a line for the probe of each."""
+    script, flags = command(method, seed, args)
+    output = args.runs / f"{method}-s{seed}"
+    batch_size = 32 if args.quick else 128
+    for epoch in sorted({epoch for epoch in CURVE if epoch < args.epochs} | {args.epochs}):
+        if is_known(args, method=method, seed=seed, protocol="probe", epoch=epoch):
+            continue
+        steps = epoch * (images // batch_size)
+        started = time.time()
+        metrics = call(script, f"{flags} --max-steps {steps}", output)
+        kept = ("linear_untrained", "linear_teacher", "knn_trained")
+        details = {name: metrics[name] for name in kept if name in metrics}
+        own = metrics.get("top1", metrics.get("zero_shot"))
+        if own is not None:                              # what the method itself classifies with
+            details["own"] = own
+        details["seconds"] = round(time.time() - started)
+        write(args, method, seed, "probe", epoch, metrics["linear_trained"], **details)
 
 
-def jpegs(args):
-    for part in ("train", "test"):
-        images = torchvision.datasets.CIFAR10("data", train=part == "train", download=True)
-        for i, (picture, label) in enumerate(images):
-            path = Path(args.data, part, images.classes[label], f"{i:05}.jpg")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(path)
+def command(method: str, seed: int, args) -> tuple[str, str]:
+    """The script of a method and all its flags but --max-steps and --output."""
+    teacher = args.runs / f"supervised-s{seed}"
+    line = METHODS[method].format(teacher=shlex.quote(str(teacher / "checkpoint.pt")),
+                                  tenth=max(1, args.epochs // 10), fifth=max(1, args.epochs // 5))
+    script, flags = line.split(" ", 1)
+    if "--teacher" in flags and not args.quick:
+        if not is_known(args, method="supervised", seed=seed, protocol="probe", epoch=args.epochs):
+            raise SystemExit(f"{method} needs its teacher: run --methods supervised to its end")
+    batch_size = 32 if args.quick else 128
+    budget = (f"--data {shlex.quote(str(args.data))} --workers {args.workers} --preset cifar10 "
+              f"--epochs {args.epochs} --warmup-epochs {args.epochs / 10} --crop-scale 0.5 "
+              f"--batch-size {batch_size} --seed {seed}")
+    return script, f"{budget} {SHAPE} {flags}"
+
+
+def score(method: str, seed: int, args):
+    """A line for each protocol of evaluate.py."""
+    for protocol, (flags, epochs) in PROTOCOLS.items():
+        if is_known(args, method=method, seed=seed, protocol=protocol):
+            continue
+        if epochs:
+            epochs = 1 if args.quick else epochs
+            flags += f" --epochs {epochs} --warmup-epochs {epochs / 10}"
+        flags += (f" --data {shlex.quote(str(args.data))} --workers {args.workers} --seed {seed}"
+                  " --batch-size 8" * args.quick)
+        if method == "untrained":
+            flags += f" --checkpoint none --method mae {SHAPE}"
+            if protocol.startswith("finetune"):
+                flags += " --layer-decay 1"              # nothing has been learned to be kept
+        else:
+            checkpoint = args.runs / f"{method}-s{seed}" / "checkpoint.pt"
+            flags += f" --checkpoint {shlex.quote(str(checkpoint))}"
+        name = protocol.removesuffix(" %").replace(" ", "-")
+        metrics = call("evaluate.py", flags, args.runs / f"{name}-{method}-s{seed}")
+        write(args, method, seed, protocol, args.epochs, metrics["top1"])
 
 
 def call(script: str, flags: str, output: Path) -> dict:
     """Run a script to its end; the last line of its metrics.jsonl."""
-    command = [sys.executable, str(ROOT / script), *shlex.split(flags), "--output", str(output)]
+    words = [sys.executable, str(ROOT / script), *shlex.split(flags), "--output", str(output)]
     output.mkdir(parents=True, exist_ok=True)
     with open(output / "log.txt", "a") as log:
-        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
-    if code:
-        raise SystemExit(f"{' '.join(command)} failed, see {output}/log.txt")
+        status = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT).returncode
+    if status:
+        raise SystemExit(f"{' '.join(words)} failed, see {output}/log.txt")
     return json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
 
 
@@ -97,55 +174,24 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in open(path)] if path.exists() else []
 
 
-def run(args):
-    """Fill --results: one line a figure, {method, seed, protocol, top1 in percent, how it was come by}."""
-    if args.quick:
-        args.data, args.epochs = draw_images(args.runs / "images"), 2
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    about = {"epochs": args.epochs, "data": Path(args.data).name, "commit": commit(), "date": datetime.date.today().isoformat(),
-             "machine": machine(), "torch": torch.__version__}
-    train, score, numbers = settings(args)
+def is_known(args, **wanted) -> bool:
+    return any(wanted.items() <= line.items() for line in read(args.results))
 
-    def missing(method, seed, protocols):
-        lines = read(args.results)
-        if any((line["data"], line["epochs"]) != (about["data"], about["epochs"]) for line in lines):
-            raise SystemExit(f"{args.results} holds figures of other --data or --epochs; give another --results and --runs")
-        known = {(line["method"], line["seed"], line["protocol"]) for line in lines}
-        return [protocol for protocol in protocols if (method, seed, protocol) not in known]
 
-    def write(method, seed, protocol, top1):
-        with open(args.results, "a") as file:
-            file.write(json.dumps({"method": method, "seed": seed, "protocol": protocol, "top1": top1} | about) + "\n")
-        print(f"{method:12} seed {seed}  {protocol:14} {top1:6.2f} %", flush=True)
-
-    for seed in range(args.seeds):
-        folder = lambda name: args.runs / f"{name}-s{seed}"
-        for method in args.methods or ["none", *METHODS]:
-            if not missing(method, seed, PROTOCOLS):
-                continue
-            if method != "none":
-                script, flags = METHODS[method].format(mae=folder("mae") / "checkpoint.pt", **numbers).split(" ", 1)
-                if "--teacher" in flags and not (folder("mae") / "encoder.pt").exists():        # written at the end
-                    raise SystemExit(f"{method} is taught by MAE: run --methods mae first, to its end")
-                found = call(script, f"{train} {SHAPE} {flags} --seed {seed}", folder(method))
-                own = found.get("top1", found.get("zero_shot"))
-                if own is not None and missing(method, seed, ["own"]):
-                    write(method, seed, "own", own)
-            for protocol in missing(method, seed, PROTOCOLS):
-                words, epochs = PROTOCOLS[protocol]
-                if epochs:
-                    epochs = 1 if args.quick else epochs
-                    words += f" --epochs {epochs} --warmup-epochs {epochs / 10}"
-                checkpoint = f"--checkpoint {folder(method)}/checkpoint.pt" if method != "none" else \
-                    f"--checkpoint none --method mae {SHAPE}" + " --layer-decay 1" * words.startswith("finetune")
-                found = call("evaluate.py", f"{words} {score} {checkpoint} --seed {seed}",
-                             args.runs / f"{protocol.removesuffix(' %').replace(' ', '-')}-{method}-s{seed}")
-                write(method, seed, protocol, found["top1"])
+def write(args, method, seed, protocol, epoch, top1, **details):
+    line = {"method": method, "seed": seed, "protocol": protocol, "epoch": epoch, "top1": top1}
+    how = {"data": Path(args.data).name, "epochs": args.epochs, "commit": commit(),
+           "machine": machine(), "torch": torch.__version__,
+           "date": datetime.date.today().isoformat()}
+    with open(args.results, "a") as file:
+        file.write(json.dumps(line | details | how) + "\n")
+    print(f"{method:12} seed {seed}  {protocol:14} epoch {epoch:3} {top1:6.2f} %", flush=True)
 
 
 def commit() -> str:
+    words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     try:
-        return subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+        return subprocess.run(words, capture_output=True, text=True).stdout.strip()
     except FileNotFoundError:
         return "unknown"                                 # no git
 
@@ -153,81 +199,160 @@ def commit() -> str:
 def machine() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    cpus = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":")[1].strip() for line in cpus if line.startswith("model name")] or [platform.machine()]
-    return f"{len(names)} x {names[0]}"
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    cores = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    cores = cores or [platform.machine()]
+    return f"{len(cores)} x {cores[0]}"
 
 
-def figures(path: Path) -> dict:
-    """{(method, protocol): [figure of each seed]}."""
-    found = {}
-    for line in read(path):
-        found.setdefault((line["method"], line["protocol"]), {})[line["seed"]] = line["top1"]
-    return {key: list(values.values()) for key, values in found.items()}
+# ---------------------------------------------------------------------------------------- images
+def jpegs(args):
+    """CIFAR-10, downloaded, as JPEGs of Pillow's default quality in class folders."""
+    for part in ("train", "test"):
+        images = torchvision.datasets.CIFAR10("data", train=part == "train", download=True)
+        for i, (image, label) in enumerate(images):
+            path = Path(args.data, part, images.classes[label], f"{i:05}.jpg")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path)
 
 
+def draw_images(folder: Path) -> Path:
+    """160 synthetic images to train on and 40 to test on, as class folders."""
+    for part, split, count in (("train", "train", 160), ("val", "test", 40)):
+        drawn = data.synthetic_shapes(split, np.arange(count))
+        for i, (image, shape) in enumerate(zip(drawn["image"], drawn["shape"])):
+            path = folder / part / str(shape) / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.transpose(1, 2, 0)).save(path)
+    return folder
+
+
+# ----------------------------------------------------------------------------------------- table
 def table(args):
-    """Between the marks in README.md: a row for each method, mean and half the range over the seeds; and the image."""
-    found, lines, columns = figures(args.results), read(args.results), [*PROTOCOLS, "own"]
-    shown = lambda values: f"{statistics.mean(values):.1f}" + (f" ± {(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else "")
+    """Between the marks of README.md and results.md: a row for each method, mean ± half the range
+    of the seeds; in results.md also the controls, the curve and the minutes of training."""
+    lines = read(args.results)
+    scores = {}                                          # (method, column) -> one of each seed
+    for line in lines:
+        column = line["protocol"]
+        if column == "probe":
+            column = f"epoch {line['epoch']}"
+        scores.setdefault((line["method"], column), []).append(line["top1"])
+    epochs = lines[0]["epochs"]
+    curve = [f"epoch {epoch}" for epoch in (*CURVE, epochs) if epoch <= epochs]
+    minutes = {}
+    for line in lines:
+        if "seconds" in line:
+            key = (line["method"], line["seed"])
+            minutes[key] = minutes.get(key, 0) + line["seconds"] / 60
+    for (method, _), value in minutes.items():
+        scores.setdefault((method, "minutes"), []).append(value)
+
+    methods = [name for name in NAMES if any(method == name for method, _ in scores)]
+    stamp = describe(lines)
+    short = markdown(scores, [name for name in methods if name not in CONTROLS], [*PROTOCOLS])
+    between_marks(ROOT / "README.md", f"{short}\n\n{stamp}")
+    whole = markdown(scores, methods, [*PROTOCOLS, *curve, "minutes"])
+    between_marks(ROOT / "tests/measure/results.md", f"{whole}\n\n{stamp}")
+    draw_curves(scores, [epoch for epoch in (*CURVE, epochs) if epoch <= epochs], args.image)
+
+
+def markdown(scores: dict, methods: list, columns: list) -> str:
     rows = [["", *columns], ["---"] * (len(columns) + 1)]
-    for method in ["none", *METHODS]:
-        if any(key[0] == method for key in found):
-            name = {"none": "untrained", "supervised": "`supmim.py --mim-weight 0`"}.get(method, f"`{method}.py`") + " (labels)" * (method in LABELLED)
-            rows.append([name] + [shown(found[method, p]) if (method, p) in found else "" for p in columns])
-    several = max(len(values) for values in found.values()) > 1
-    stamp = {key: ", ".join(sorted({str(line[key]) for line in lines})) for key in ("data", "epochs", "machine", "torch", "commit", "date", "seed")}
-    text = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    text += (f"\n\nTop-1 in %; {stamp['data']}, {stamp['epochs']} epochs, seed {stamp['seed']}{' (mean ± half the range)' * several}; "
-             f"{stamp['machine']}, torch {stamp['torch']}, commit {stamp['commit']}, {stamp['date']}.\n\n"
-             f"![The same as bars](assets/{args.picture.name})")
-    readme = (ROOT / "README.md").read_text()
-    before, mark, rest = readme.partition("<!-- study -->\n")
-    if not mark:
-        raise SystemExit("README.md has no <!-- study --> ... <!-- /study -->")
-    (ROOT / "README.md").write_text(f"{before}{mark}{text}\n<!-- /study -->{rest.partition('<!-- /study -->')[2]}")
-    draw(found, args.picture)
-
-
-def draw(found: dict, path: Path):
-    """Bars of every method's figures, a panel for each protocol, as a PNG; a line from the least to the largest of the seeds."""
-    methods = [m for m in ["none", *METHODS] if any(key[0] == m for key in found)]
-    bar, names, wide = 30, 190, 640
-    high = (len(methods) + 2) * bar
-    image = Image.new("RGB", (wide * 3, high * 2 + bar), "white")
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(20)
-    colours = {True: "#c98b3d", False: "#3d7fc9"}
-    length = lambda percent: (wide - names - 90) * percent / 100
-    for i, protocol in enumerate(PROTOCOLS):
-        x, y = wide * (i % 3) + 20, high * (i // 3) + 8
-        pen.text((x, y), f"{protocol}, top-1 in %", "black", font)
-        for k, method in enumerate(methods):
-            values, left, top = found.get((method, protocol), []), x + names, y + (k + 1) * bar
-            pen.text((x, top), "untrained" if method == "none" else method, "black", font)
-            if values:
-                mean = statistics.mean(values)
-                pen.rectangle((left, top, left + length(mean), top + bar - 6), colours[method in LABELLED])
-                pen.text((left + length(max(values)) + 8, top), f"{mean:.1f}", "black", font)
+    for method in methods:
+        row = [NAMES[method]]
+        for column in columns:
+            values = scores.get((method, column), [])
+            text = f"{statistics.mean(values):.1f}" if values else ""
             if len(values) > 1:
-                pen.line((left + length(min(values)), top + bar // 2 - 3, left + length(max(values)), top + bar // 2 - 3), "black", 2)
-    pen.text((20, high * 2), "brown: has seen the labels of all training images", colours[True], font)
+                text += f" ± {(max(values) - min(values)) / 2:.1f}"
+            row.append(text)
+        rows.append(row)
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def describe(lines: list) -> str:
+    """How the scores were come by, in one line."""
+    def all_of(key):
+        return ", ".join(sorted({str(line[key]) for line in lines}))
+
+    return (f"Top-1 in %; {all_of('data')}, {all_of('epochs')} epochs, seeds {all_of('seed')} "
+            f"(mean ± half the range); {all_of('machine')}, torch {all_of('torch')}, commit "
+            f"{all_of('commit')}, {all_of('date')}.")
+
+
+def between_marks(path: Path, text: str):
+    start, end = "<!-- study -->\n", "<!-- /study -->"
+    before, mark, rest = path.read_text().partition(start)
+    if not mark or end not in rest:
+        raise SystemExit(f"{path} has no {start.strip()} ... {end}")
+    path.write_text(f"{before}{mark}{text}\n{end}{rest.partition(end)[2]}")
+
+
+def draw_curves(scores: dict, epochs: list, path: Path):
+    """Linear probe against epochs: a line for each method, a bar from the least to the greatest of
+    its seeds."""
+    width, height, left, right, top, bottom = 960, 600, 70, 190, 40, 60
+    image = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(image)
+    font = ImageFont.load_default(20)
+    drawn = [value for (method, column), values in scores.items() for value in values
+             if column.startswith("epoch") and method in COLORS]
+    least = 10 * int(min(drawn) / 10)
+    most = 10 * int(max(drawn) / 10 + 1)
+
+    def point(epoch, percent):
+        x = left + (width - left - right) * epoch / epochs[-1]
+        y = height - bottom - (height - top - bottom) * (percent - least) / (most - least)
+        return x, y
+
+    for percent in range(least, most + 1, 10):
+        x, y = point(0, percent)
+        pen.line((x, y, width - right, y), "#dddddd")
+        pen.text((left - 10, y), str(percent), "black", font, anchor="rm")
+    for epoch in epochs:
+        x, y = point(epoch, least)
+        pen.text((x, y + 8), str(epoch), "black", font, anchor="ma")
+    pen.text((left, 8), "linear probe, top-1 in %", "black", font)
+    pen.text((width - right, height - 8), "epochs", "black", font, anchor="rs")
+    names = []
+    for method, color in COLORS.items():
+        points = []
+        for epoch in epochs:
+            values = scores.get((method, f"epoch {epoch}"), [])
+            if values:
+                points.append(point(epoch, statistics.mean(values)))
+                pen.line((*point(epoch, min(values)), *point(epoch, max(values))), color, 2)
+        pen.line(points, color, 3)
+        if points:
+            names.append([points[-1][1], method, color])
+    lowest = -font.size
+    for y, method, color in sorted(names):               # names that would overlap move down
+        lowest = max(y, lowest + font.size + 2)
+        pen.text((width - right + 10, lowest), method, color, font, anchor="lm")
     image.save(path)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["run", "table", "jpegs"])
-    parser.add_argument("--data", default="cifar10", help="cifar10, or a folder of class folders under train/ and val/ or test/")
-    parser.add_argument("--epochs", type=int, default=4, help="of the pre-training")
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--methods", nargs="*", choices=["none", *METHODS])
+    parser.add_argument("--data", default="cifar10",
+                        help="cifar10, or a folder with class folders in train/ and test/")
+    parser.add_argument("--epochs", type=int, default=30, help="of the pre-training")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
+    parser.add_argument("--methods", nargs="*", default=["untrained", *METHODS],
+                        choices=["untrained", *METHODS])
+    parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--runs", type=Path, default=Path("runs/study"))
-    parser.add_argument("--results", type=Path, help="empty: tests/measure/study.jsonl, of --quick runs/study/quick.jsonl")
-    parser.add_argument("--picture", type=Path, default=ROOT / "assets/study.png")
+    parser.add_argument("--results", type=Path,
+                        help="empty: tests/measure/study.jsonl; with --quick: RUNS/quick.jsonl")
+    parser.add_argument("--image", type=Path, default=ROOT / "assets/study.png")
     args = parser.parse_args(argv)
-    args.results = args.results or (args.runs / "quick.jsonl" if args.quick else ROOT / "tests/measure/study.jsonl")
+    standard = args.runs / "quick.jsonl" if args.quick else ROOT / "tests/measure/study.jsonl"
+    args.results = args.results or standard
     {"run": run, "table": table, "jpegs": jpegs}[args.what](args)
 
 

@@ -65,7 +65,7 @@ class Config(common.RunConfig):
     decoder_depth: int = 1        # blocks of the decoder
     decoder_num_heads: int = 2    # attention heads of the decoder
 
-    mim_weight: float = 20.0      # factor of the masked loss; 0: supervised training alone
+    mim_weight: float = 50.0      # factor of the masked loss; 0: supervised training alone
     target: Literal["pixels", "kmeans"] = "pixels"  # of the masked patches; kmeans: codes, see tokenize
     codes: int = 128              # kmeans: how many there are
     mask_ratio: float = 0.5       # fraction of the patches that is masked
@@ -78,11 +78,11 @@ class Config(common.RunConfig):
     cutmix: float = 0.0           # CutMix's alpha; 0: none
     smoothing: float = 0.0        # label smoothing
     drop_path: float = 0.0        # probability to drop a branch of the last block; 0 at the first, linear between
-    batch_size: int = 50          # images in an optimizer step, of all processes and micro-batches
+    batch_size: int = 32          # images in an optimizer step, of all processes and micro-batches
     accumulate: int = 1           # micro-batches in a step: gradient accumulation, to save memory
     epochs: int = 100             # passes over the data
     warmup_epochs: float = 4.0    # epochs of linear warm-up from 0
-    base_lr: float = 0.01         # peak learning rate = base_lr * batch_size / 256
+    base_lr: float = 0.012        # peak learning rate = base_lr * batch_size / 256
     weight_decay: float = 0.05    # AdamW's, on matrices and tokens only
     eval_every: int = 25          # epochs between scores of the test images, besides those at the end
 

@@ -29,10 +29,10 @@ CONTROLS = {                                             # what the method's own
     "dtm": "--morphs 0",
     "amt": "--sampling uniform",
     "supmim": "--mim-weight 0",
-    "flip": "--mask-ratio 0",
 }
 COLUMNS = ("linear_trained", "linear_untrained", "linear_pixels", "linear_teacher", "knn_trained",
-           "knn_untrained", "top1", "seen", "held_out", "seconds")
+           "knn_untrained", "top1", "zero_shot", "zero_shot_seen", "zero_shot_held_out",
+           "map_lift", "objects_masked", "seconds")
 START, END = "<!-- defaults -->\n", "<!-- /defaults -->"
 
 
@@ -65,8 +65,11 @@ def start(job: dict, args) -> tuple[dict, float]:
     started = time.time()
     subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
     seconds = time.time() - started
-    last = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
-    scores = {name: value for name, value in last.items() if name.startswith(("knn", "linear"))
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    metrics = {}
+    for line in lines:                                   # the last value of each name
+        metrics |= json.loads(line)
+    scores = {name: value for name, value in metrics.items() if name.startswith(("knn", "linear"))
               or name in COLUMNS}
     return scores, round(seconds, 1)
 

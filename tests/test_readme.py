@@ -314,6 +314,30 @@ def test_study_jpegs(in_tmp, monkeypatch):
     assert Image.open("made/train/dog/00001.jpg").size == (32, 32)
 
 
+def test_study_scores(in_tmp, monkeypatch):
+    """evaluate.py is given the study's data, seed and shape, and the epochs of each protocol."""
+    configs = []
+
+    def parse(script, flags, output):
+        words = ["--protocol", *shlex.split(flags)]
+        configs.append(common.parse_config(evaluate.Config, evaluate.PRESETS[words[1]], words))
+        return {"top1": 50.0}
+
+    monkeypatch.setattr(study, "call", parse)
+    args = argparse.Namespace(data="photos", workers=3, epochs=30, quick=False, runs=Path("study"),
+                              results=Path("study.jsonl"))
+    study.score("untrained", 1, args)
+    assert [cfg.protocol for cfg in configs] == ["knn", "linear"] + ["finetune"] * 3
+    assert {(cfg.data, cfg.workers, cfg.seed, cfg.model, cfg.checkpoint) for cfg in configs} == {
+        ("photos", 3, 1, "micro", "none")}
+    assert [cfg.percent for cfg in configs] == [100, 100, 100, 10, 1]
+    assert [cfg.epochs for cfg in configs[1:]] == [50, 2, 5, 50]
+    study.score("mae", 1, args)
+    assert configs[5].checkpoint == "study/mae-s1/checkpoint.pt"
+    study.score("mae", 1, args)                          # all known
+    assert len(configs) == 10
+
+
 def test_study(prepared, monkeypatch):
     """All flags are read; two arms and a score of --quick; what is known is not run again; the
     table and the picture from their lines."""

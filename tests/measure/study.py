@@ -145,8 +145,9 @@ def score(method: str, seed: int, args):
         if epochs:
             epochs = 1 if args.quick else epochs
             flags += f" --epochs {epochs} --warmup-epochs {epochs / 10}"
-        flags += (f" --data {shlex.quote(str(args.data))} --workers {args.workers} --seed {seed}"
-                  " --batch-size 8" * args.quick)
+        flags += f" --data {shlex.quote(str(args.data))} --workers {args.workers} --seed {seed}"
+        if args.quick:
+            flags += " --batch-size 8"
         if method == "untrained":
             flags += f" --checkpoint none --method mae {SHAPE}"
             if protocol.startswith("finetune"):

@@ -388,9 +388,14 @@ def loading(args):
                             torchvision.transforms.Normalize(data.MEAN, data.STD)])
         plain, ours_big, ours_small = (data.ImageDataset(p, transform=t) for p, t in
                                        ((big, None), (big, data.augment(224, 0.2)), (small, data.augment(224, 0.2))))
+        decoded = [plain.with_transform(data.augment(224, 0.2))[0, i][0] for i in range(len(big))]
+        jitter = v2.ColorJitter(0.4, 0.4, 0.4)
+        randaugment = data.augment(224, 1.0, randaugment=9).transforms[-1]
         jobs = {"Pillow, usual transforms": lambda i: usual(Image.open(big[i]).convert("RGB")),
                 "ours": lambda i: ours_big[args.rounds, i], "ours, shrunk once to 256": lambda i: ours_small[args.rounds, i],
-                "ours, decoding only": lambda i: plain.read(i)}
+                "ours, decoding only": lambda i: plain.read(i),
+                "ColorJitter alone": lambda i: jitter(decoded[i]),
+                "RandAugment alone": lambda i: randaugment(decoded[i])}
         kilobytes = [statistics.mean(Path(p).stat().st_size for p in paths) / 1e3 for paths in (big, small)]
         times = {name: [] for name in jobs}
         for _ in range(args.rounds):
@@ -453,17 +458,20 @@ def morph(args):
 
 
 def hours(args):
-    """FLOPs are counted in a step of ours with the presets' models; AMT begins as plain MAE and makes maps from time to time."""
+    """FLOPs are counted in a step of ours with the presets' models; AMT begins as plain MAE and makes maps from time to time.
+    The cores decode and crop, and change colors where the preset does."""
     def count(make):
         model, loss = make(args.model)
         return counted(lambda: loss(model, torch.randn(2, 3, 224, 224))) / 2e9
     train = 1_281_167                                    # ImageNet-1k
     recipes = {"mae.py": (mae, ours), "maskdistill.py": (maskdistill, our_student), "dtm.py": (dtm, our_morphing), "amt.py": (amt, our_attention),
                "supmim.py": (supmim, our_classifier), "flip.py --preset laion": (flip, functools.partial(our_pairs, mask_ratio=0.5, length=32))}
-    print(f"eight GPUs at {args.tflops:.0f} TFLOP/s each; a core decodes {args.decode[0]} JPEGs a second, or {args.decode[1]} shrunk ones\n"
+    print(f"eight GPUs at {args.tflops:.0f} TFLOP/s each; images/s of a core: {args.decode[0]} decoded and cropped, {args.decode[1]} from shrunk "
+          f"JPEGs, {args.color_jitter} through ColorJitter, {args.randaugment} through RandAugment\n"
           f"{'':24}images, millions   GFLOP/image   hours   images/s   cores   shrunk")
     for label, (script, make) in recipes.items():
-        preset, work = script.PRESETS["laion" if script is flip else "imagenet"], count(make)
+        preset = script.PRESETS["laion" if script is flip else "imagenet"]
+        work = count(make)
         seen = preset["epochs"] * preset.get("epoch_pairs", train)
         total = seen * work
         if script is amt:
@@ -471,8 +479,14 @@ def hours(args):
             refreshes = len(range(first, preset["epochs"], preset["refresh_every"]))
             total += train * (first * (count(ours) - work) + refreshes * count(our_maps))
         speed = 8e3 * args.tflops / work
+        colors = 0.0                                     # seconds of a core for an image
+        if preset.get("color_jitter"):
+            colors += 1 / args.color_jitter
+        if preset.get("randaugment"):
+            colors += 1 / args.randaugment
+        cores = [speed * (1 / rate + colors) for rate in args.decode]
         print(f"{label:24}{seen / 1e6:18.0f}{work:16.1f}{total / (8e3 * args.tflops) / 3600:8.1f}{speed:11.0f}"
-              f"{speed / args.decode[0]:8.0f}{speed / args.decode[1]:9.0f}")
+              f"{cores[0]:8.0f}{cores[1]:9.0f}")
 
 
 @torch.no_grad()
@@ -512,7 +526,9 @@ def arguments(argv=None):
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--one-at-a-time", action="store_true", help="a new process for every turn: memory for one contestant only")
     parser.add_argument("--tflops", type=float, default=400, help="that a GPU reaches, for `hours`")
-    parser.add_argument("--decode", type=int, nargs=2, default=[844, 1625], help="images a core decodes a second, for `hours`")
+    parser.add_argument("--decode", type=int, nargs=2, default=[844, 1625], help="hours: images a core decodes and crops a second")
+    parser.add_argument("--color-jitter", type=int, default=541, help="hours: images a core changes the colors of in a second")
+    parser.add_argument("--randaugment", type=int, default=406, help="hours: images a core puts through RandAugment in a second")
     parser.add_argument("--folder", default="", help="images for `data` and `features`")
     parser.add_argument("--checkpoint", default="none", help="encoder for `features`")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -68,7 +68,7 @@ CASES = {                                                # script, arguments
 # Functions of the scripts that make data sets; that run once an epoch or less; that are left out.
 REAL = {"flip": ["open_source"], "evaluate": ["open_masked_images"]}
 MAY_WAIT = {"amt": ["refresh_maps", "log_refresh"], "supmim": ["log_losses"]}
-LEFT_OUT = {"maskdistill": ["learn_labels"], "dtm": ["learn_labels"], "evaluate": ["digest"]}
+LEFT_OUT = {"evaluate": ["digest"]}
 
 
 class HostWaits(Exception):
@@ -103,6 +103,13 @@ class Watch(TorchDispatchMode):
             self.in_step = True
             return result
         return call
+
+    def bar(self, batches, *args, **kwargs):
+        """In place of tqdm: what is done with each batch is a step."""
+        for batch in batches:
+            self.in_step = True
+            yield batch
+            self.in_step = False
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -309,6 +316,7 @@ def train(name, watch, monkeypatch):
             monkeypatch.setattr(script, function, wrap(getattr(script, function)))
     if hasattr(script, "load_teacher"):
         monkeypatch.setattr(script, "load_teacher", untrained_clip(script))
+        monkeypatch.setattr(script, "tqdm", watch.bar)   # of the loop that trains a teacher
     builder = importlib.import_module("mae") if method == "evaluate" else script
     for size, row in list(builder.SIZES.items()):
         row = [*row]

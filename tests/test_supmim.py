@@ -297,8 +297,9 @@ def test_kmeans_starts_at_points_drawn_by_the_seed():
 
 
 # ------------------------------------------------------------------------------------- whole runs
-TINY = dict(data="photos", image_size=16, decoder_embed_dim=16, shots=0, crop_scale=0.5, epochs=3,
-            batch_size=10, warmup_epochs=1.0, eval_every=2)      # 40 photos: 4 steps an epoch
+TINY = dict(data="photos", image_size=16, patch_size=4, decoder_embed_dim=16, shots=0,
+            crop_scale=0.5, base_lr=0.01, epochs=3, warmup_epochs=1.0, batch_size=10,
+            eval_every=2)                                # 40 photos: 4 steps an epoch
 
 
 @pytest.fixture
@@ -706,8 +707,8 @@ with common.command_line():
 
 
 def test_short_run_learns(in_tmp, fewer_shapes):
-    metrics = supmim.main(["--patch-size=8", "--epochs=6", "--warmup-epochs=1", "--mim-weight=1"])
-    assert metrics["step"] == 36
+    metrics = supmim.main(["--epochs=6", "--warmup-epochs=1", "--mim-weight=1"])
+    assert metrics["step"] == 60
     first, *_, last = [line for line in lines("runs/supmim-shapes") if "class_loss" in line]
     assert last["class_loss"] < 0.9 * first["class_loss"]
     assert last["masked_loss"] < 0.7 * first["masked_loss"]

@@ -1,4 +1,4 @@
-"""amt.py against published figures and its own invariants; maps that follow their pictures; and whole runs."""
+"""amt.py against published figures and its own invariants; maps that follow their images; runs."""
 
 import json
 import math
@@ -31,35 +31,44 @@ def uniform(*shape, seed=0):
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-# -------------------------------------------------------------------------------------- published figures
+# ------------------------------------------------------------------------------ published figures
 @pytest.mark.parametrize("target", ["pixel", "norm_pix"])
 def test_golden_figures(target):
-    model = fill(AMT(32, 4, 48, 3, 4, 32, 2, 4, norm_pix=target == "norm_pix"), skip=("pos_embed", "decoder_pos_embed"))
-    images, order, figures = draw("amt/images", 5, 3, 32, 32), draw("amt/order", 5, 64, uniform=True).argsort(1), FIGURES[target]
+    figures = FIGURES[target]
+    model = fill(AMT(32, 4, 48, 3, 4, 32, 2, 4, norm_pix=target == "norm_pix"),
+                 skip=("pos_embed", "decoder_pos_embed"))
+    images = draw("amt/images", 5, 3, 32, 32)
+    order = draw("amt/order", 5, 64, uniform=True).argsort(1)
     loss, prediction, masked = model(images, order=order)
     loss.backward()
     assert loss.item() == pytest.approx(figures["loss"], rel=1e-5)
     split = model.split(None, order=order)
-    assert [5 * part.shape[1] for part in split] == [figures[name] for name in ("masked", "thrown", "visible")]
+    counts = [figures[name] for name in ("masked", "thrown", "visible")]
+    assert [5 * part.shape[1] for part in split] == counts
     assert torch.equal(masked, order[:, :28]) and prediction.shape == (5, 28, 48)
     for name, norm in figures["grad_norm"].items():
         assert model.get_parameter(name).grad.norm().item() == pytest.approx(norm, rel=1e-5), name
     maps = attention_map(model, images)
-    torch.testing.assert_close(maps[0, :8], torch.tensor(FIGURES["attention_map_row0_head"][:8]), rtol=1e-5, atol=1e-6)
+    head = torch.tensor(FIGURES["attention_map_row0_head"][:8])
+    torch.testing.assert_close(maps[0, :8], head, rtol=1e-5, atol=1e-6)
     assert maps.sum().item() == pytest.approx(FIGURES["attention_map_sum"], rel=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------ drawing
-@pytest.mark.parametrize("units, expected", [(49, (22, 19, 8)), (64, (28, 26, 10)), (256, (115, 102, 39)), (196, (88, 78, 30)), (36, (16, 14, 6)), (144, (64, 58, 22))])
+# ---------------------------------------------------------------------------------------- drawing
+@pytest.mark.parametrize("units, expected", [
+    (49, (22, 19, 8)), (64, (28, 26, 10)), (256, (115, 102, 39)), (196, (88, 78, 30)),
+    (36, (16, 14, 6)), (144, (64, 58, 22))])
 def test_counts_of_mae(units, expected):
     masked, thrown = count_units(units, 0.45, 0.4, "mae")
     assert (masked, thrown, units - masked - thrown) == expected
-    assert count_units(10, 0.7, 0.1, "mae") == (7, 1) and count_units(196, 0.75, 0.0, "mae") == (147, 0)
+    assert count_units(10, 0.7, 0.1, "mae") == (7, 1)
+    assert count_units(196, 0.75, 0.0, "mae") == (147, 0)
     side = math.isqrt(units)
     model = AMT(4 * side, 4, 16, 1, 2, **DECODER)
     parts = model.split(uniform(3, units), uniform(3, units, seed=1))
     assert [p.shape[1] for p in parts] == list(expected)
-    assert torch.equal(torch.cat(parts, dim=1).sort(dim=1).values, torch.arange(units).expand(3, -1))
+    drawn = torch.cat(parts, dim=1).sort(dim=1).values
+    assert torch.equal(drawn, torch.arange(units).expand(3, -1))
 
 
 @pytest.mark.parametrize("units, expected", [(49, (22, 13)), (16, (8, 5))])
@@ -69,11 +78,13 @@ def test_counts_of_simmim(units, expected):
 
 def test_uniform_weights_are_maes_masking():
     noise = uniform(6, 64)
-    kept, hidden = mae.random_masking(noise, 0.75)
+    expected_visible, expected_masked = mae.random_masking(noise, 0.75)
     model = AMT(32, 4, 16, 1, 2, **DECODER)
     for weights in (None, torch.full((6, 64), 0.3)):
         masked, thrown, visible = model.split(noise, weights, (0.75, 0.0))
-        assert thrown.shape[1] == 0 and torch.equal(masked.sort(1).values, hidden.sort(1).values) and torch.equal(visible.sort(1).values, kept.sort(1).values)
+        assert thrown.shape[1] == 0
+        assert torch.equal(masked.sort(1).values, expected_masked.sort(1).values)
+        assert torch.equal(visible.sort(1).values, expected_visible.sort(1).values)
     masked, *_ = model.split(uniform(20_000, 64))
     rate = torch.bincount(masked.flatten(), minlength=64) / 20_000
     assert (rate - 28 / 64).abs().max() < 0.018          # five standard deviations
@@ -91,7 +102,10 @@ def test_more_weight_is_masked_more_often():
 def test_draws_without_replacement():
     weights = torch.tensor([0.5, 0.3, 0.15, 0.05])
     order = attention_order(uniform(400_000, 4), weights.expand(400_000, -1))
-    rate = lambda column: torch.bincount(order[:, column], minlength=4) / 400_000
+
+    def rate(column):
+        return torch.bincount(order[:, column], minlength=4) / 400_000
+
     assert (rate(0) - weights).abs().max() < 0.005
     assert (rate(1) - torch.tensor([0.3288, 0.3687, 0.2222, 0.0803])).abs().max() < 0.005
 
@@ -109,90 +123,105 @@ def test_degenerate_maps():
     assert torch.equal(attention_order(noise, uniform(3, 64)).sort(1).values[0], torch.arange(64))
 
 
-# ---------------------------------------------------------------------------------------------- alignment
+# -------------------------------------------------------------------------------------- alignment
 def test_map_follows_crop_and_flip():
-    """A bright patch of a picture that is not square: the greatest weight is where it went."""
+    """A bright patch of an image that is not square: the greatest weight is where it went."""
     tried = 0
     for trial in range(300):
         torch.manual_seed(trial)
         row, column = torch.randint(14, (2,)).tolist()
-        picture = torch.zeros(3, 140, 280, dtype=torch.uint8)
-        picture[:, 10 * row:10 * row + 10, 20 * column:20 * column + 20] = 255
-        cropped, box = Crop(112, 0.3)(picture)
-        bright = F.avg_pool2d(cropped[:1].float().unsqueeze(0), 8).flatten()      # (196,), of the crop's 14 x 14 patches
+        image = torch.zeros(3, 140, 280, dtype=torch.uint8)
+        image[:, 10 * row:10 * row + 10, 20 * column:20 * column + 20] = 255
+        cropped, box = Crop(112, 0.3)(image)
+        bright = F.avg_pool2d(cropped[:1].float().unsqueeze(0), 8).flatten()   # 14 x 14 patches
         if bright.max() < 200:                           # cut away, or only a part of it is left
             continue
         tried += 1
-        found = crop_maps(F.one_hot(torch.tensor(14 * row + column), 196).float().unsqueeze(0), box.unsqueeze(0), (14, 14))[0]
-        (r, c), (x, y) = divmod(found.argmax().item(), 14), divmod(bright.argmax().item(), 14)
+        weights = F.one_hot(torch.tensor(14 * row + column), 196).float()
+        found = crop_maps(weights.unsqueeze(0), box.unsqueeze(0), (14, 14))[0]
+        r, c = divmod(found.argmax().item(), 14)
+        x, y = divmod(bright.argmax().item(), 14)
         assert max(abs(r - x), abs(c - y)) <= 1, (trial, r, c, x, y)
     assert tried > 60
 
 
 def test_whole_picture_and_two_flips():
-    maps, box = uniform(2, 64), torch.tensor([[0.0, 0, 1, 1, 0]] * 2)
+    maps = uniform(2, 64)
+    box = torch.tensor([[0.0, 0, 1, 1, 0]] * 2)
     torch.testing.assert_close(crop_maps(maps, box, (8, 8)), maps, atol=1e-6, rtol=0)
     flipped = crop_maps(maps, torch.tensor([[0.0, 0, 1, 1, 1]] * 2), (8, 8))
     torch.testing.assert_close(flipped, maps.view(2, 8, 8).flip(2).flatten(1), atol=1e-6, rtol=0)
-    picture = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
+    image = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
     for seed in range(6):
         torch.manual_seed(seed)
-        cropped, box = Crop(32, 1.0)(picture)
-        assert torch.equal(cropped, picture.flip(2) if box[4] else picture) and box[:4].tolist() == [0, 0, 1, 1]
+        cropped, box = Crop(32, 1.0)(image)
+        assert torch.equal(cropped, image.flip(2) if box[4] else image)
+        assert box[:4].tolist() == [0, 0, 1, 1]
     tall, box = Crop(32, 1.0)(torch.zeros(3, 128, 64, dtype=torch.uint8))
     side = 64 * 32 / 37                                  # shrunk to 37 pixels, of which 32 are left
-    torch.testing.assert_close(box[:4], torch.tensor([(128 - side) / 256, (64 - side) / 128, side / 128, side / 64]))
+    expected = [(128 - side) / 256, (64 - side) / 128, side / 128, side / 64]
+    torch.testing.assert_close(box[:4], torch.tensor(expected))
     assert tall.shape == (3, 32, 32)
 
 
 def test_crops_are_those_of_the_other_scripts():
-    picture = torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8)
+    image = torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8)
     for seed in range(8):
         scale = (0.2, 1.0)[seed % 2]
         torch.manual_seed(seed)
-        expected = data.augment(32, scale)(picture)
+        expected = data.augment(32, scale)(image)
         torch.manual_seed(seed)
-        assert torch.equal(Crop(32, scale)(picture)[0], expected)
+        assert torch.equal(Crop(32, scale)(image)[0], expected)
 
 
-# -------------------------------------------------------------------------------------------- thrown patches
+# --------------------------------------------------------------------------------- thrown patches
 @pytest.mark.parametrize("base", ["mae", "simmim"])
 def test_thrown_patches_have_no_effect(base):
     torch.manual_seed(0)
     model = AMT(32, 4, 16, 2, 2, **DECODER, norm_pix=True)
     if base == "simmim":
         model = AMTSimMIM(32, 4, 16, 2, 2, mask_unit=8)
-    images, noise, seen = torch.randn(3, 3, 32, 32, requires_grad=True), uniform(3, 64), []
-    model.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    images = torch.randn(3, 3, 32, 32, requires_grad=True)
+    noise = uniform(3, 64)
+    seen = []
+
+    def note_length(_, args):
+        seen.append(args[0].shape[1])
+
+    model.blocks[0].register_forward_pre_hook(note_length)
     masked, thrown, visible = model.split(noise)
     loss, prediction, _ = model(images, noise=noise)
     loss.backward()
     per_patch = mae.patchify(images.grad, 4).abs().sum(dim=2)
-    reach = lambda index: per_patch.gather(1, index)
-    assert (reach(thrown) == 0).all() and (reach(visible) > 0).all() and (reach(masked) > 0).all()
+    assert (per_patch.gather(1, thrown) == 0).all()
+    assert (per_patch.gather(1, visible) > 0).all()
+    assert (per_patch.gather(1, masked) > 0).all()
     assert prediction.shape[1] == masked.shape[1] == (32 if base == "simmim" else 28)
     if base == "mae":
         assert seen == [1 + 10]
-        model.decoder_blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+        model.decoder_blocks[0].register_forward_pre_hook(note_length)
         with torch.no_grad():
-            model.decoder_pos_embed[0, 1 + thrown[0]] += 100             # of the first picture
+            model.decoder_pos_embed[0, 1 + thrown[0]] += 100               # of the first image
         again, *_ = model(images[:1], noise=noise[:1])
         with torch.no_grad():
             model.decoder_pos_embed[0, 1 + thrown[0]] -= 100
         assert seen[1:] == [11, 1 + 10 + 28] and again == model(images[:1], noise=noise[:1])[0]
     else:
         assert seen == [1 + 64 - 20]                     # 16 squares, 5 of them thrown
-        other = images.detach().clone()
-        other[:, :] = mae.unpatchify(mae.patchify(other, 4).scatter(1, thrown.unsqueeze(2).expand(-1, -1, 48), 9.0), 4, (8, 8))
+        index = thrown.unsqueeze(2).expand(-1, -1, 48)
+        patches = mae.patchify(images.detach(), 4).scatter(1, index, 9.0)
+        other = mae.unpatchify(patches, 4, (8, 8))
         assert model(other, noise=noise)[0] == loss
         target = amt.gather_tokens(mae.patchify(images, 4), masked)
         assert loss.item() == pytest.approx(F.l1_loss(prediction, target).item(), rel=1e-5)
         squares = masked.view(3, 8, 4)                   # each of 2 x 2 patches
-        assert (squares[..., 1] == squares[..., 0] + 1).all() and (squares[..., 2] == squares[..., 0] + 8).all()
+        assert (squares[..., 1] == squares[..., 0] + 1).all()
+        assert (squares[..., 2] == squares[..., 0] + 8).all()
 
 
 def test_mask_tokens_of_simmim_stand_where_the_masked_patches_are():
-    """Of one patch repeated, with a mask token that is its embedding, the tokens are the whole image's."""
+    """Of one patch repeated, with a mask token that is its embedding, the tokens are the whole
+    image's."""
     torch.manual_seed(0)
     model = AMTSimMIM(16, 4, 16, 2, 2, mask_unit=4, mask_ratio=0.5, throw_ratio=0.0)
     patches = torch.randn(1, 1, 48).expand(3, 16, 48)
@@ -213,10 +242,14 @@ def test_positions_are_learned_with_simmim_only(small, unscored):
 
 
 def test_plain_mae_is_a_special_case():
-    ours, plain = AMT(32, 4, 16, 2, 2, **DECODER, norm_pix=True), mae.MAE(32, 4, 16, 2, 2, **DECODER)
+    ours = AMT(32, 4, 16, 2, 2, **DECODER, norm_pix=True)
+    plain = mae.MAE(32, 4, 16, 2, 2, **DECODER)
     plain.load_state_dict(ours.state_dict())
-    images, noise = torch.randn(3, 3, 32, 32), uniform(3, 64)
-    assert ours(images, noise=noise, ratios=(0.75, 0.0))[0].item() == pytest.approx(plain(images, noise)[0].item(), rel=1e-5)
+    images = torch.randn(3, 3, 32, 32)
+    noise = uniform(3, 64)
+    loss, _, _ = ours(images, noise=noise, ratios=(0.75, 0.0))
+    expected, _, _ = plain(images, noise)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert torch.equal(ours.encode(images), plain.encode(images))
 
 
@@ -224,12 +257,22 @@ def test_plain_mae_is_a_special_case():
 def test_compiled_equals_eager(base):
     """And each pair of ratios is compiled with shapes of its own, once."""
     torch._dynamo.reset()
-    model = AMT(16, 4, 16, 1, 2, **DECODER) if base == "mae" else AMTSimMIM(16, 4, 16, 1, 2, mask_unit=4)
-    images, noise = torch.randn(3, 3, 16, 16), uniform(3, 16)
+    if base == "mae":
+        model = AMT(16, 4, 16, 1, 2, **DECODER)
+    else:
+        model = AMTSimMIM(16, 4, 16, 1, 2, mask_unit=4)
+    images = torch.randn(3, 3, 16, 16)
+    noise = uniform(3, 16)
     graphs = []
-    compiled = torch.compile(model, dynamic=False, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+
+    def note_graph(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, dynamic=False, backend=note_graph)
     for weights, ratios in ((None, (0.75, 0.0)), (uniform(3, 16, seed=1), (0.45, 0.3))) * 2:
-        for a, b in zip(compiled(images, weights, noise, ratios), model(images, weights, noise, ratios)):
+        given = (images, weights, noise, ratios)
+        for a, b in zip(compiled(*given), model(*given)):
             assert torch.equal(a, b)
     assert len(graphs) == 2
 
@@ -237,14 +280,19 @@ def test_compiled_equals_eager(base):
 def test_map_is_the_attention():
     """By the block's own attention with all queries, head by head."""
     torch.manual_seed(0)
-    model, images = AMT(32, 4, 16, 3, 2, **DECODER), torch.randn(2, 3, 32, 32)
+    model = AMT(32, 4, 16, 3, 2, **DECODER)
+    images = torch.randn(2, 3, 32, 32)
     found = {}
     model.blocks[-1].attn.qkv.register_forward_hook(lambda _, args, out: found.update(qkv=out))
     model.encode(images)
     q, k, _ = found["qkv"].view(2, 65, 3, 2, 8).permute(2, 0, 3, 1, 4)
     rows = (q @ k.transpose(2, 3) / 8 ** 0.5).softmax(dim=-1)[:, :, 0, 1:]       # (B, heads, N)
-    expected = torch.stack([torch.stack([(r - r.min()) / (r.max() - r.min()) for r in picture]).mean(dim=0) for picture in rows])
-    torch.testing.assert_close(attention_map(model, images), expected, atol=1e-5, rtol=0)
+    expected = []
+    for heads in rows:
+        scaled = [(row - row.min()) / (row.max() - row.min()) for row in heads]
+        expected.append(torch.stack(scaled).mean(dim=0))
+    maps = attention_map(model, images)
+    torch.testing.assert_close(maps, torch.stack(expected), atol=1e-5, rtol=0)
 
 
 def test_what_the_image_shows(monkeypatch):
@@ -252,24 +300,36 @@ def test_what_the_image_shows(monkeypatch):
     rows = {}
     monkeypatch.setattr(data, "save_image_grid", lambda path, found: rows.update(found))
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
+
+    def pick(images, index):
+        """Their patches there, with pixels from 0 to 1."""
+        return amt.gather_tokens(mae.patchify(images * std + mean, 4), index)
+
     for base, attention in (("mae", True), ("mae", False), ("simmim", True)):
         torch.manual_seed(0)
-        model = AMT(16, 4, 16, 2, 2, **DECODER, norm_pix=True) if base == "mae" else AMTSimMIM(16, 4, 16, 2, 2, mask_unit=4)
-        images, noise, ratios = torch.randn(3, 3, 16, 16), uniform(3, 16), (0.45, 0.3)
+        if base == "mae":
+            model = AMT(16, 4, 16, 2, 2, **DECODER, norm_pix=True)
+        else:
+            model = AMTSimMIM(16, 4, 16, 2, 2, mask_unit=4)
+        images = torch.randn(3, 3, 16, 16)
+        noise = uniform(3, 16)
+        ratios = (0.45, 0.3)
         rows.clear()
         amt.save_visualization(model, images, noise, ratios, attention, None)
         original, heat, seen, filled = rows.values()
         maps = attention_map(model, images)
-        masked, thrown, visible = model.split(noise, maps if attention else None, ratios)
-        prediction = model(images, noise=noise, attention=maps if attention else None, ratios=ratios)[1]
-        pick = lambda picture, index: amt.gather_tokens(mae.patchify(picture * std + mean, 4), index)
+        weights = maps if attention else None
+        masked, thrown, visible = model.split(noise, weights, ratios)
+        _, prediction, _ = model(images, noise=noise, attention=weights, ratios=ratios)
         assert torch.equal(original, images)
         assert pick(seen, masked).abs().max() < 1e-6
-        torch.testing.assert_close(pick(seen, thrown), torch.full((3, thrown.shape[1], 48), 128 / 255))
+        gray = torch.full((3, thrown.shape[1], 48), 128 / 255)
+        torch.testing.assert_close(pick(seen, thrown), gray)
         torch.testing.assert_close(pick(seen, visible), pick(images, visible))
         if base == "mae":                                # pixels normalised within their patch
             truth = amt.gather_tokens(mae.patchify(images, 4), masked)
-            prediction = truth.mean(2, True) + prediction * (truth.var(2, keepdim=True) + 1e-6).sqrt()
+            std_of_patch = (truth.var(2, keepdim=True) + 1e-6).sqrt()
+            prediction = truth.mean(2, True) + prediction * std_of_patch
         shown = amt.gather_tokens(mae.patchify(filled, 4), masked)
         torch.testing.assert_close(shown, prediction)
         torch.testing.assert_close(pick(filled, thrown), pick(seen, thrown))
@@ -278,7 +338,7 @@ def test_what_the_image_shows(monkeypatch):
         torch.testing.assert_close(brightest, yellow.expand_as(brightest))
 
 
-# --------------------------------------------------------------------------------------------- refreshing
+# ------------------------------------------------------------------------------------- refreshing
 def test_when_maps_are_made():
     cfg = amt.Config(attention_from=41, refresh_every=40, epochs=400)
     assert [epoch for epoch in range(400) if amt.is_refresh(cfg, epoch)] == list(range(41, 400, 40))
@@ -288,18 +348,25 @@ def test_when_maps_are_made():
 def test_phases():
     """Before attention_from masks are random, and as many as the base's; then attention chooses."""
     cfg = amt.Config(attention_from=2, epochs=5)
-    assert [amt.masking_of(cfg, epoch) for epoch in (1, 2)] == [(False, (0.75, 0.0)), (True, (0.45, 0.4))]
+    phases = [amt.masking_of(cfg, epoch) for epoch in (1, 2)]
+    assert phases == [(False, (0.75, 0.0)), (True, (0.45, 0.4))]
     cfg = amt.Config(base="simmim", attention_from=1, epochs=5, sampling="uniform")
-    assert [amt.masking_of(cfg, epoch) for epoch in (0, 1)] == [(False, (0.44, 0.0)), (False, (0.44, 0.26))]
+    phases = [amt.masking_of(cfg, epoch) for epoch in (0, 1)]
+    assert phases == [(False, (0.44, 0.0)), (False, (0.44, 0.26))]
+
+
+def levels(images):
+    """In place of attention maps: the same for all patches of an image, by its brightness."""
+    return images.mean(dim=(1, 2, 3)).sigmoid().unsqueeze(1).expand(-1, 16)
 
 
 def test_refresh():
-    images, cfg = data.ImageDataset(torch.randint(0, 256, (10, 3, 20, 28), dtype=torch.uint8)), tiny()
+    images = data.ImageDataset(torch.randint(0, 256, (10, 3, 20, 28), dtype=torch.uint8))
     maps = torch.full((10, 16), 255, dtype=torch.uint8)
-    encode = lambda images: images.mean(dim=(1, 2, 3), keepdim=True)[:, :, 0, 0].sigmoid().expand(-1, 16)
-    amt.refresh_maps(encode, images, maps, cfg, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    amt.refresh_maps(levels, images, maps, tiny(), cpu)
     squeezed = amt.v2.functional.resize(images.source, [16, 16])
-    expected = encode(data.to_device(squeezed, torch.device("cpu")))
+    expected = levels(data.to_device(squeezed, cpu))
     assert (maps < 255).all() and (amt.from_bytes(maps) - expected).abs().max() < 1 / 255
 
 
@@ -307,8 +374,8 @@ def test_an_unreadable_image_keeps_its_map(photos):
     """And the maps of the images beside it are their own."""
     images = data.open_data("photos", "").pretrain
     maps = torch.full((40, 16), 255, dtype=torch.uint8)
-    levels = lambda images: images.mean(dim=(1, 2, 3)).sigmoid().unsqueeze(1).expand(-1, 16)
-    whole, cpu = maps.clone(), torch.device("cpu")
+    whole = maps.clone()
+    cpu = torch.device("cpu")
     amt.refresh_maps(levels, images, whole, tiny(), cpu)
     Path(os.fsdecode(images.source[3])).write_text("text")
     amt.refresh_maps(levels, data.open_data("photos", "").pretrain, maps, tiny(), cpu)
@@ -335,9 +402,10 @@ def test_share_of_the_objects_that_is_masked():
     assert amt.masked_object_share(maps, objects, 0.45) > 0.99
 
 
-# -------------------------------------------------------------------------------------------- whole runs
-TINY = dict(data="photos", image_size=16, decoder_embed_dim=16, crop_scale=0.5, norm_pix=True, epochs=3, batch_size=10,
-            attention_from=1, refresh_every=1)              # 40 photos: 4 steps an epoch
+# ------------------------------------------------------------------------------------- whole runs
+TINY = dict(data="photos", image_size=16, decoder_embed_dim=16, crop_scale=0.5, norm_pix=True,
+            epochs=3, batch_size=10,                     # 40 photos: 4 steps an epoch
+            attention_from=1, refresh_every=1)
 
 
 @pytest.fixture
@@ -361,7 +429,7 @@ def tiny(**changes):
 @pytest.mark.parametrize("changes", [{}, dict(base="simmim", mask_unit=4, refresh_every=2)])
 def test_resumed_run_equals_an_undisturbed_one(small, changes):
     whole = amt.train(tiny(output="whole", **changes))
-    for steps in (2, 6, 8, 0):                           # before the first maps, in the middle, at an epoch's end
+    for steps in (2, 6, 8, 0):     # before the first maps, in the middle, at an epoch's end
         parts = amt.train(tiny(output="parts", max_steps=steps, **changes))
     assert same(weights("whole"), weights("parts")) and whole == parts
     maps = [checkpoint(run)["tensors"]["maps"] for run in ("whole", "parts")]
@@ -487,8 +555,9 @@ def test_recipe(small, unscored, base, size, side, ratios, first_ratio, beta2, u
             found = F.grid_sample(stored, grid, padding_mode="border", align_corners=False)
             u = side // 4
             weights_of_units = found.view(20, n // u, u, n // u, u).mean(dim=(2, 4)).flatten(1)
-        race = -noise[:, :weights_of_units.shape[1]].log() / weights_of_units  # the first are masked
-        peak = 0.05 * 20 / 256                           # warm-up: one and a half epochs, three steps
+        noise_of_units = noise[:, :weights_of_units.shape[1]]
+        race = -noise_of_units.log() / weights_of_units  # the first are masked
+        peak = 0.05 * 20 / 256                           # warm-up: 1.5 epochs, three steps
         lr = peak * step / 3 if step < 3 else peak / 2 * (1 + np.cos(np.pi * (step - 3) / (8 - 3)))
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -515,7 +584,8 @@ def test_two_processes_equal_one(small, unscored):
     """Several images a process and micro-batch, into the third epoch, with the second maps: one
     torchrun makes both runs, with and without accumulation."""
     runs = {"plain": TINY | dict(batch_size=12, max_steps=8),                  # 3 steps an epoch
-            "accumulated": TINY | dict(batch_size=12, max_steps=8, accumulate=2, base="simmim", mask_unit=4)}
+            "accumulated": TINY | dict(batch_size=12, max_steps=8, accumulate=2, base="simmim",
+                                       mask_unit=4)}
     (Path.cwd() / "both.py").write_text(f"""import sys
 sys.path.insert(0, {str(ROOT)!r})
 import amt, common
@@ -554,11 +624,16 @@ def test_a_short_run_learns(in_tmp, fewer_shapes):
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--attention-from=7"], "never reached"), (["--throw-ratio=0.6"], "leave nothing to see"), (["--mask-ratio=0"], "leave nothing to see or nothing to predict"),
-    (["--throw-ratio=-0.1"], "throw_ratio is -0.1"), (["--base=simmim", "--mask-unit=6"], "mask_unit 6"),
-    (["--refresh-every=0"], "refresh_every is 0, it must be from 1"), (["--base=beit"], "invalid choice"), (["--attention-form=3"], "did you mean --attention-from?")])
+    (["--attention-from=7"], "never reached"), (["--throw-ratio=0.6"], "leave nothing to see"),
+    (["--mask-ratio=0"], "leave nothing to see or nothing to predict"),
+    (["--throw-ratio=-0.1"], "throw_ratio is -0.1"),
+    (["--base=simmim", "--mask-unit=6"], "mask_unit 6"),
+    (["--refresh-every=0"], "refresh_every is 0, it must be from 1"),
+    (["--base=beit"], "invalid choice"),
+    (["--attention-form=3"], "did you mean --attention-from?")])
 def test_a_users_mistake_is_one_line(in_tmp, capfd, argv, words):
     with pytest.raises(SystemExit) as stop:
         amt.main(argv)
     error = capfd.readouterr().err.strip()
-    assert stop.value.code == 2 and words in error and error.startswith("error: ") and "\n" not in error
+    assert stop.value.code == 2 and words in error
+    assert error.startswith("error: ") and "\n" not in error

@@ -41,8 +41,9 @@ def encoded(image, ending="PNG"):
 
 
 def test_decode():
-    for mode, ending in (("L", "JPEG"), ("CMYK", "JPEG"), ("P", "PNG"), ("RGBA", "PNG"), ("LA", "PNG"), ("1", "PNG"),
-                         ("L", "TIFF"), ("CMYK", "TIFF"), ("RGB", "WEBP"), ("RGB", "BMP"), ("RGB", "PPM"), ("P", "GIF")):
+    for mode, ending in (("L", "JPEG"), ("CMYK", "JPEG"), ("P", "PNG"), ("RGBA", "PNG"),
+                         ("LA", "PNG"), ("1", "PNG"), ("L", "TIFF"), ("CMYK", "TIFF"),
+                         ("RGB", "WEBP"), ("RGB", "BMP"), ("RGB", "PPM"), ("P", "GIF")):
         assert data.decode(encoded(Image.new(mode, (9, 7)), ending)).shape == (3, 7, 9)
 
 
@@ -52,14 +53,19 @@ RAMP = np.tile(np.linspace(0, 255, 64), (64, 1))         # 64 grays
 @pytest.mark.parametrize("ending", ["PNG", "TIFF", "PPM"])
 def test_of_16_bits_the_high_byte_is_taken(ending):
     image = data.decode(encoded(Image.fromarray((RAMP * 257).astype(np.uint16)), ending))
-    assert image.float().mean() == 127.5 and len(image.unique()) == 64 and (image[0] == image[2]).all()
-    assert len(data.decode(encoded(Image.fromarray((RAMP * 257).astype(np.int32)), "TIFF")).unique()) == 64
-    assert not data.decode(encoded(Image.fromarray(np.zeros((4, 4), np.uint16)), ending)).any()     # black
+    assert image.float().mean() == 127.5 and len(image.unique()) == 64
+    assert (image[0] == image[2]).all()
+    signed = data.decode(encoded(Image.fromarray((RAMP * 257).astype(np.int32)), "TIFF"))
+    assert len(signed.unique()) == 64
+    black = data.decode(encoded(Image.fromarray(np.zeros((4, 4), np.uint16)), ending))
+    assert not black.any()
 
 
 @pytest.mark.parametrize("pixels, match", [
-    ((RAMP * 16).astype(np.uint16), "values to 4080: convert to 8 bits"), ((RAMP / 255).astype(np.float32), "mode F"),
-    ((RAMP * 257).astype(np.int32) * 2, "values to 131070"), (-(RAMP * 257).astype(np.int32), "mode I"),
+    ((RAMP * 16).astype(np.uint16), "values to 4080: convert to 8 bits"),
+    ((RAMP / 255).astype(np.float32), "mode F"),
+    ((RAMP * 257).astype(np.int32) * 2, "values to 131070"),
+    (-(RAMP * 257).astype(np.int32), "mode I"),
     (RAMP.astype(np.int32), "values to 255")])
 def test_what_8_bits_would_spoil_is_unreadable(pixels, match):
     with pytest.raises(OSError, match=match):
@@ -82,14 +88,24 @@ def jpeg(width, height, size=(32, 32), **options):
 
 
 @pytest.mark.parametrize("packed, match", [
-    (jpeg(30000, 30000), "30000 x 30000 pixels are more than"), (jpeg(30000, 30000, progressive=True), "30000 x 30000"),
-    (jpeg(3001, 30), "3001 x 30 pixels: one side"), (encoded(Image.new("L", (5000, 1))), "5000 x 1 pixels"),
+    (jpeg(30000, 30000), "30000 x 30000 pixels are more than"),
+    (jpeg(30000, 30000, progressive=True), "30000 x 30000"),
+    (jpeg(3001, 30), "3001 x 30 pixels: one side"),
+    (encoded(Image.new("L", (5000, 1))), "5000 x 1 pixels"),
     (encoded(Image.new("L", (1, 101)), "TIFF"), "1 x 101 pixels"),
-    (encoded(Image.new("1", (10000, 10000))), "10000 x 10000 pixels are more than PIL.Image.MAX_IMAGE_PIXELS, 89478485"),
-    (encoded(Image.new("1", (20000, 20000)), "TIFF"), "400000000 pixels. exceeds limit of 178956970"),
-    (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\nshowpage\n", "other content, no PNG, JPEG"),
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "Git LFS pointer"), (b"", "an empty file"),
-    (b"hello", "other content"), (b"\xff\xd8", "the file ends"), (b"\xff\xd8\xff\xff\xff", "the file ends"), (jpeg(9, 9)[:25], "the file ends"), (encoded(Image.new("L", (50, 50)))[:60], ".")])
+    (encoded(Image.new("1", (10000, 10000))),
+     "10000 x 10000 pixels are more than PIL.Image.MAX_IMAGE_PIXELS, 89478485"),
+    (encoded(Image.new("1", (20000, 20000)), "TIFF"),
+     "400000000 pixels. exceeds limit of 178956970"),
+    (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\nshowpage\n",
+     "other content, no PNG, JPEG"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "Git LFS pointer"),
+    (b"", "an empty file"),
+    (b"hello", "other content"),
+    (b"\xff\xd8", "the file ends"),
+    (b"\xff\xd8\xff\xff\xff", "the file ends"),
+    (jpeg(9, 9)[:25], "the file ends"),
+    (encoded(Image.new("L", (50, 50)))[:60], ".")])
 def test_what_is_refused_and_why(packed, match):
     with pytest.raises(OSError, match=match) as error:
         data.decode(packed)
@@ -98,13 +114,16 @@ def test_what_is_refused_and_why(packed, match):
 
 def test_jpeg_size():
     for size in ((31, 50), (640, 1)):
-        for options in ({}, {"progressive": True}, {"exif": b"Exif\0\0" + b"\xff\xc0" * 50}, {"comment": b"x" * 70}):
+        for options in ({}, {"progressive": True}, {"exif": b"Exif\0\0" + b"\xff\xc0" * 50},
+                        {"comment": b"x" * 70}):
             file = io.BytesIO()
             Image.new("RGB", size).save(file, "JPEG", **options)
             assert data.jpeg_size(file.getvalue()) == size
-    padded = file.getvalue().replace(b"\xff\xc0", b"\xff\xff\xff\xc0")            # fill bytes before a marker
+    fill_bytes = b"\xff\xff"                             # before a marker
+    padded = file.getvalue().replace(b"\xff\xc0", fill_bytes + b"\xff\xc0")
     assert data.jpeg_size(padded) == size
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None                  # settable
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None                        # settable
     try:
         data.check_size(10 ** 6, 10 ** 6)
     finally:
@@ -124,13 +143,18 @@ def block(tmp_path):
 
 
 def test_stand_ins(block, monkeypatch, capsys):
-    """They are drawn by (seed, epoch, index), whatever a process knows already; each file is read once
-    or, if it is a stand-in, a few times; above a tenth there is a warning."""
+    """They are drawn by (seed, epoch, index), whatever a process knows already; each file is read
+    once or, if it is a stand-in, a few times; above a tenth there is a warning."""
     dataset = block.pretrain
     dataset.labels = np.arange(300) % 7
     reads = []
     honest = type(dataset).read
-    monkeypatch.setattr(type(dataset), "read", lambda self, index: reads.append(index) or honest(self, index))
+
+    def read(dataset, index):
+        reads.append(index)
+        return honest(dataset, index)
+
+    monkeypatch.setattr(type(dataset), "read", read)
     first = [dataset[0, i][2] for i in range(300)]
     assert len(reads) <= 600 and not set(first) & set(np.flatnonzero(dataset.unreadable))
     assert max(np.bincount(first)) <= 6
@@ -141,9 +165,11 @@ def test_stand_ins(block, monkeypatch, capsys):
     assert again == first and [dataset[1, i][2] for i in range(300)] != first
     other = data.ImageDataset([os.fsdecode(p) for p in dataset.source], dataset.labels, seed=6)
     assert [other[0, i][2] for i in range(300)] != first
-    image, label, index = dataset[0, 0 if dataset.unreadable[0] else int(np.flatnonzero(dataset.unreadable)[0])]
+    unreadable = np.flatnonzero(dataset.unreadable)
+    image, label, index = dataset[0, int(unreadable[0])]
     assert label == dataset.labels[index] and torch.equal(image, dataset.read(index))
-    assert data.count_unreadable(block, "cpu") == 100 and "33 % of the images" in capsys.readouterr().out
+    assert data.count_unreadable(block, "cpu") == 100
+    assert "33 % of the images" in capsys.readouterr().out
 
 
 def test_nothing_readable(tmp_path):
@@ -165,7 +191,8 @@ def test_unreadable_test_images_are_left_out_and_counted(tmp_path, capsys):
         assert len(table) == len(labels) == 5 and labels.tolist() == [0, 0, 0, 1, 1]
     assert [splits.train[0, i][2] for i in (0, 2)] == [0, 2] and splits.train[0, 1][2] != 1
     errors = capsys.readouterr().err
-    assert errors.count("2.jpg") == 1 and "an empty file" not in errors           # that one was a loader's to say
+    assert errors.count("2.jpg") == 1
+    assert "an empty file" not in errors                 # that one was a loader's to say
     assert data.count_unreadable(splits, "cpu") == 2     # training and test images
 
 
@@ -179,7 +206,8 @@ def test_a_file_in_two_splits_counts_once(tmp_path):
     for dataset in splits[:3]:
         for i in range(len(dataset)):
             dataset[0, i]
-    assert sum(int(d.unreadable.sum()) for d in splits[:3]) == 3 and data.count_unreadable(splits, "cpu") == 2
+    assert sum(int(d.unreadable.sum()) for d in splits[:3]) == 3
+    assert data.count_unreadable(splits, "cpu") == 2
 
 
 def test_names_are_printed_as_ascii(tmp_path, capsys):
@@ -187,9 +215,11 @@ def test_names_are_printed_as_ascii(tmp_path, capsys):
     (tmp_path / name).write_text("no image")
     save(tmp_path / "good.png")
     dataset = data.open_data(str(tmp_path), "").pretrain
-    dataset[0, 0], dataset[0, 1]
+    for i in (0, 1):
+        dataset[0, i]
     printed = capsys.readouterr()
-    assert "\x1b" not in printed.err + printed.out and len(printed.err.splitlines()) == 2    # with the warning
+    assert "\x1b" not in printed.err + printed.out
+    assert len(printed.err.splitlines()) == 2            # with the warning
     assert r"\x1b[31mred\nerror: not true \xe9.jpg" in printed.err
 
 
@@ -197,7 +227,8 @@ def test_a_named_pipe_does_not_stop_a_run(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     save(tmp_path / "good.png")
     dataset = data.open_data(str(tmp_path), "").pretrain
-    assert len(dataset) == 2 and {dataset[0, i][2] for i in range(2)} == {0} and dataset.unreadable.sum() == 1
+    assert len(dataset) == 2 and {dataset[0, i][2] for i in range(2)} == {0}
+    assert dataset.unreadable.sum() == 1
 
 
 # -------------------------------------------------------------------------------- order and crops
@@ -208,36 +239,48 @@ def stream(workers=0, processes=1, accumulate=1, first=0, steps=9):
     parts = []
     for rank in range(processes):
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(processes))
-        dataset = data.ImageDataset(torch.from_numpy(shapes["image"]), shapes["shape"], 0, data.augment(32, 0.2))
+        dataset = data.ImageDataset(torch.from_numpy(shapes["image"]), shapes["shape"], 0,
+                                    data.augment(32, 0.2))
         batches = list(data.batches(dataset, cfg, first, steps))
         assert len(batches) == (steps - first) * accumulate
-        parts.append([torch.cat([b[i] for b in batches]).view(steps - first, 12 // processes, -1) for i in (2, 0)])
+        parts.append([torch.cat([b[i] for b in batches]).view(steps - first, 12 // processes, -1)
+                      for i in (2, 0)])
     del os.environ["RANK"], os.environ["WORLD_SIZE"]
     return [torch.stack(p, dim=2).view(steps - first, 12, -1) for p in zip(*parts)]
 
 
 def test_order_and_crops_depend_on_seed_epoch_and_index_only():
     index, images = stream()
-    assert (index[:4].flatten().sort().values == index[:4].flatten().unique()).all()       # an epoch: 4 batches
+    epoch = index[:4].flatten()                          # 4 batches
+    assert (epoch.sort().values == epoch.unique()).all()
     assert (index[4:8] != index[:4]).float().mean() > 0.8
-    for other in (dict(workers=1), dict(workers=4), dict(processes=2), dict(processes=3), dict(accumulate=3)):
+    for other in (dict(workers=1), dict(workers=4), dict(processes=2), dict(processes=3),
+                  dict(accumulate=3)):
         again = stream(**other)
         assert torch.equal(index, again[0]) and torch.equal(images, again[1]), other
-    late = stream(first=5)                               # a resumed run: the same batches from there on
+    late = stream(first=5)                               # resumed: from there on the same batches
     assert torch.equal(index[5:], late[0]) and torch.equal(images[5:], late[1])
-    rows = [{int(i): image for i, image in zip(index[a:a + 4].flatten(), images[a:a + 4].flatten(0, 1))} for a in (0, 4)]
-    both = rows[0].keys() & rows[1].keys()
-    assert len(both) > 40 and not any(torch.equal(rows[0][i], rows[1][i]) for i in both)    # new crops in each epoch
+    crops = []                                           # of two epochs: {index: image}
+    for a in (0, 4):
+        numbers = index[a:a + 4].flatten().tolist()
+        crops.append(dict(zip(numbers, images[a:a + 4].flatten(0, 1))))
+    both = crops[0].keys() & crops[1].keys()
+    assert len(both) > 40
+    assert not any(torch.equal(crops[0][i], crops[1][i]) for i in both)        # new in each epoch
 
 
 def test_crops_depend_on_the_seed():
     images = torch.arange(3 * 40 * 50, dtype=torch.int32).remainder(251).byte().view(1, 3, 40, 50)
-    crops = [data.ImageDataset(images, seed=seed, transform=data.augment(32, 0.2))[0, 0][0] for seed in (0, 0, 1)]
+    crops = []
+    for seed in (0, 0, 1):
+        dataset = data.ImageDataset(images, seed=seed, transform=data.augment(32, 0.2))
+        crops.append(dataset[0, 0][0])
     assert torch.equal(crops[0], crops[1]) and not torch.equal(crops[0], crops[2])
 
 
 def test_augmentation_leaves_the_trainers_random_numbers_alone():
-    dataset = data.ImageDataset(torch.zeros(4, 3, 40, 50, dtype=torch.uint8), transform=data.augment(32, 0.2))
+    images = torch.zeros(4, 3, 40, 50, dtype=torch.uint8)
+    dataset = data.ImageDataset(images, transform=data.augment(32, 0.2))
     torch.manual_seed(3)
     want = torch.rand(2)
     torch.manual_seed(3)
@@ -245,14 +288,19 @@ def test_augmentation_leaves_the_trainers_random_numbers_alone():
 
 
 def test_augmentation():
-    """Half of the images are flipped; the crop's area, the jitter and RandAugment are as asked for."""
+    """Half of the images are flipped; the crop's area, the jitter and RandAugment are as asked
+    for."""
     ramp = torch.arange(256, dtype=torch.uint8).view(1, 1, 256).expand(3, 256, 256).contiguous()
     dataset = data.ImageDataset(ramp[None], transform=data.augment(256, 1.0))
     flips = [int(dataset[epoch, 0][0][0, 0, 0]) == 255 for epoch in range(200)]
     assert 70 < sum(flips) < 130
     crops = data.ImageDataset(ramp[None], transform=data.augment(64, 0.2))
-    widths = [abs(int(x[0, 5, 60]) - int(x[0, 5, 3])) * 64 / 57 for x in (crops[epoch, 0][0] for epoch in range(200))]
-    assert 90 < min(widths) < 125 and 225 < max(widths) <= 258           # a fifth of the area: 114 pixels, at 1:1
+    widths = []
+    for epoch in range(200):
+        line = crops[epoch, 0][0][0, 5]
+        widths.append(abs(int(line[60]) - int(line[3])) * 64 / 57)
+    assert 90 < min(widths) < 125                        # a fifth of the area: 114 pixels, at 1:1
+    assert 225 < max(widths) <= 258
     gray = torch.full((1, 3, 8, 8), 128, dtype=torch.uint8)
     jittered = data.ImageDataset(gray, transform=data.augment(8, 1.0, color_jitter=0.4))
     values = [int(jittered[epoch, 0][0][0, 0, 0]) for epoch in range(100)]
@@ -275,7 +323,9 @@ def test_center_crop():
 
 def test_to_device_normalises():
     x = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
-    want = (x.double() / 255 - torch.tensor(data.MEAN).view(3, 1, 1)) / torch.tensor(data.STD).view(3, 1, 1)
+    mean = torch.tensor(data.MEAN).view(3, 1, 1)
+    std = torch.tensor(data.STD).view(3, 1, 1)
+    want = (x.double() / 255 - mean) / std
     torch.testing.assert_close(data.to_device(x, "cpu"), want.float(), atol=1e-5, rtol=1e-5)
 
 
@@ -299,7 +349,8 @@ class Failing(torch.utils.data.Dataset):
         if self.how == "killed":
             os.kill(os.getpid(), 9)
         if self.how == "shm":
-            raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+            raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: "
+                               "No space left on device (28)")
         if self.how == "user":
             raise common.UserError("none of the images can be read")
         raise RuntimeError("a fault of the code")
@@ -308,16 +359,17 @@ class Failing(torch.utils.data.Dataset):
 @pytest.mark.parametrize("how, kind, match", [
     ("killed", common.UserError, "a loader process ended.*--workers.*--shm-size"),
     ("shm", common.UserError, "No space left on device.*--workers.*--shm-size"),
-    ("user", common.UserError, "none of the images"), ("fault", RuntimeError, "a fault of the code")])
+    ("user", common.UserError, "none of the images"),
+    ("fault", RuntimeError, "a fault of the code")])
 def test_a_loader_process_that_fails(how, kind, match):
     with pytest.raises(kind, match=match) as error:
         list(data.loader(Failing(how), [[(0, 0)], [(0, 1)]], workers=1))
     if kind is common.UserError and how != "user":
         assert "\n" not in str(error.value)
     cause = error.value
-    while cause:                                         # the loader is in their frames: left to the
-        traceback.clear_frames(cause.__traceback__)      # garbage collector, it waits 5 s for its
-        cause = cause.__cause__                          # process
+    while cause:                                         # the loader is in their frames: left to
+        traceback.clear_frames(cause.__traceback__)      # the garbage collector, it waits 5 s for
+        cause = cause.__cause__                          # its process
 
 
 def test_a_loader_is_silent_when_its_trainer_hangs_up(monkeypatch, capsys):
@@ -343,9 +395,11 @@ def test_folder_with_train_and_val(tmp_path):
                 save(tmp_path / split / c / f"{i}.jpg")
     splits = data.open_data(str(tmp_path), "")
     assert splits.classes == ["cat", "dog"] and len(splits.train) == len(splits.test) == 6
-    assert splits.test.labels.tolist() == [0, 0, 0, 1, 1, 1] and splits.train.read(0).shape == (3, 16, 20)
+    assert splits.test.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert splits.train.read(0).shape == (3, 16, 20)
     save(tmp_path / "val" / "cow" / "0.jpg")
-    with pytest.raises(common.UserError, match="classes that the training images do not have: .'cow'"):
+    words = "classes that the training images do not have: .'cow'"
+    with pytest.raises(common.UserError, match=words):
         data.open_data(str(tmp_path), "")
 
 
@@ -376,7 +430,7 @@ def test_a_class_called_train(tmp_path):
             save(tmp_path / c / f"{i}.jpg")
     assert data.open_data(str(tmp_path), "").classes == ["bus", "car", "train"]
     assert len(data.open_data(str(tmp_path), "").pretrain) == 54
-    for c in ("cat", "dog"):                             # it alone has class folders: the training images
+    for c in ("cat", "dog"):         # it alone has class folders: the training images
         for i in range(20):
             save(tmp_path / "other" / "train" / c / f"{i}.jpg")
     splits = data.open_data(str(tmp_path / "other"), "")
@@ -410,7 +464,8 @@ def test_flat_folder_has_no_labels(tmp_path):
 
 def test_images_beside_folders_are_all_taken(tmp_path, capsys):
     for i in range(6):
-        save(tmp_path / f"{i}.jpg"), save(tmp_path / "old/deep" / f"{i}.jpg")
+        save(tmp_path / f"{i}.jpg")
+        save(tmp_path / "old/deep" / f"{i}.jpg")
     splits = data.open_data(str(tmp_path), "")
     assert len(splits.pretrain) == 12 and splits.test is None and splits.classes == []
     said = capsys.readouterr().out
@@ -423,33 +478,36 @@ def test_one_class_has_no_scores(tmp_path, capsys):
     splits = data.open_data(str(tmp_path), "")
     assert len(splits.pretrain) == 20 and splits.train is None and splits.test is None
     assert "fewer than two classes: there will be no scores" in capsys.readouterr().out
-    assert data.score_encoders({"pixels": data.small_pixels}, splits, mae.Config(), "cpu") == {"unreadable": 0}
+    scores = data.score_encoders({"pixels": data.small_pixels}, splits, mae.Config(), "cpu")
+    assert scores == {"unreadable": 0}
 
 
 def test_files_of_systems_are_skipped(tmp_path, capsys):
     for c in ("cat", "dog"):
         for i in range(20):
             save(tmp_path / c / f"{i}.jpg")
-            for hidden in (f"__MACOSX/{c}/._{i}.jpg", f"{c}/._{i}.jpg", f"{c}/@eaDir/{i}.jpg", f".cache/{i}.jpg",
-                           f"{c}/deep/.thumbs/{i}.jpg", f"lost+found/{i}.jpg"):
+            for hidden in (f"__MACOSX/{c}/._{i}.jpg", f"{c}/._{i}.jpg", f"{c}/@eaDir/{i}.jpg",
+                           f".cache/{i}.jpg", f"{c}/deep/.thumbs/{i}.jpg", f"lost+found/{i}.jpg"):
                 (tmp_path / hidden).parent.mkdir(parents=True, exist_ok=True)
                 (tmp_path / hidden).write_bytes(b"\0\5\x16\7")
     splits = data.open_data(str(tmp_path), "")
     assert splits.classes == ["cat", "dog"] and len(splits.train) + len(splits.test) == 40
-    assert "47 hidden or system files and folders were skipped" in capsys.readouterr().out     # 40, 2 + 2, 3
+    said = capsys.readouterr().out
+    assert "47 hidden or system files and folders were skipped" in said        # 40, 2 + 2, 3
 
 
 def test_links_do_not_lead_in_circles(tmp_path):
     for i in range(40):
-        save(tmp_path / "a" / f"{i}.jpg"), save(tmp_path / "b" / f"{i}.jpg")
+        save(tmp_path / "a" / f"{i}.jpg")
+        save(tmp_path / "b" / f"{i}.jpg")
     for name in "ab":
         os.symlink("..", tmp_path / name / "up")
-    os.symlink("../b", tmp_path / "a" / "sibling")       # listed as a's they would be in the wrong class
+    os.symlink("../b", tmp_path / "a" / "sibling")       # as a's they would be in the wrong class
     os.symlink("../a", tmp_path / "b" / "sibling")
     os.symlink("../b/0.jpg", tmp_path / "a" / "copy.jpg")
     splits = data.open_data(str(tmp_path), "")
     assert sum(np.bincount(s.labels) for s in (splits.train, splits.test)).tolist() == [40, 40]
-    store = tmp_path / "store"                           # a data set made of links, as clusters have them
+    store = tmp_path / "store"                           # clusters have data sets made of links
     for c in ("x", "y"):
         for i in range(10):
             save(store / c / f"{i}.jpg")
@@ -461,7 +519,8 @@ def test_links_do_not_lead_in_circles(tmp_path):
         os.symlink(store / c / "3.jpg", tmp_path / "linked/val" / c / "3.jpg")
         save(tmp_path / "linked/val" / c / "new.jpg")
     splits = data.open_data(str(tmp_path / "linked"), "")
-    assert len(splits.train) == 20 and len(splits.test) == 2             # what was trained on is no test image
+    assert len(splits.train) == 20
+    assert len(splits.test) == 2                         # what was trained on is no test image
 
 
 def test_tiny_imagenet(tmp_path):
@@ -471,14 +530,17 @@ def test_tiny_imagenet(tmp_path):
     wnids = ("n02", "n01", "n02")
     for i in range(3):
         save(top / "val" / "images" / f"val_{i}.JPEG", i)
-    (top / "val" / "val_annotations.txt").write_text("".join(f"val_{i}.JPEG\t{w}\t0\t0\t9\t9\n" for i, w in enumerate(wnids)))
+    lines = [f"val_{i}.JPEG\t{w}\t0\t0\t9\t9\n" for i, w in enumerate(wnids)]
+    (top / "val" / "val_annotations.txt").write_text("".join(lines))
     splits = data.open_data("tiny-imagenet", str(tmp_path))
-    assert splits.classes == ["n01", "n02"] and splits.test.labels.tolist() == [1, 0, 1] and len(splits.train) == 2
+    assert splits.classes == ["n01", "n02"] and len(splits.train) == 2
+    assert splits.test.labels.tolist() == [1, 0, 1]
 
 
 def test_imagenet_and_kaggles_layout(tmp_path):
     for w in ("n01", "n02"):
-        save(tmp_path / "plain/imagenet/train" / w / "a.JPEG"), save(tmp_path / "plain/imagenet/val" / w / "b.JPEG")
+        save(tmp_path / "plain/imagenet/train" / w / "a.JPEG")
+        save(tmp_path / "plain/imagenet/val" / w / "b.JPEG")
         save(tmp_path / "kaggle/ILSVRC/Data/CLS-LOC/train" / w / "a.JPEG")
     assert data.open_data("imagenet", str(tmp_path / "plain")).test.labels.tolist() == [0, 1]
     assert len(data.open_data("imagenet", str(tmp_path / "plain/imagenet")).train) == 2
@@ -494,17 +556,23 @@ def test_imagenet_and_kaggles_layout(tmp_path):
 @pytest.mark.parametrize("name, classes", [("cifar10", 10), ("cifar100", 100)])
 def test_cifar(tmp_path, monkeypatch, name, classes):
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-    monkeypatch.setattr(kind, "_check_integrity", lambda self: True)     # small files in the real layout
+    monkeypatch.setattr(kind, "_check_integrity", lambda self: True)     # the files are small
     (tmp_path / kind.base_folder).mkdir()
     for file, _ in kind.train_list + kind.test_list:
-        entry = {"data": np.arange(3 * 3072, dtype=np.uint8).reshape(3, 3072), "labels": [0, 1, 9], "fine_labels": [0, 1, 9]}
+        entry = {"data": np.arange(3 * 3072, dtype=np.uint8).reshape(3, 3072),
+                 "labels": [0, 1, 9], "fine_labels": [0, 1, 9]}
         (tmp_path / kind.base_folder / file).write_bytes(pickle.dumps(entry))
     meta = {"label_names": list("0123456789"), "fine_label_names": [str(i) for i in range(100)]}
     (tmp_path / kind.base_folder / kind.meta["filename"]).write_bytes(pickle.dumps(meta))
-    monkeypatch.setattr(kind, "_load_meta", lambda self: setattr(self, "classes", list(range(classes))))
+
+    def load_meta(dataset):
+        dataset.classes = list(range(classes))
+
+    monkeypatch.setattr(kind, "_load_meta", load_meta)
     splits = data.open_data(name, str(tmp_path))
     assert len(splits.classes) == classes and splits.test.labels.tolist() == [0, 1, 9]
-    assert splits.pretrain.read(0).shape == (3, 32, 32) and splits.pretrain.read(0)[0, 0, :3].tolist() == [0, 1, 2]
+    assert splits.pretrain.read(0).shape == (3, 32, 32)
+    assert splits.pretrain.read(0)[0, 0, :3].tolist() == [0, 1, 2]
 
 
 def test_stl10(tmp_path, monkeypatch):
@@ -516,8 +584,9 @@ def test_stl10(tmp_path, monkeypatch):
         np.arange(1, count + 1, dtype=np.uint8).tofile(folder / f"{part}_y.bin")
     (folder / "class_names.txt").write_text("\n".join("abcdefghij"))
     splits = data.open_data("stl10", str(tmp_path))
-    assert len(splits.pretrain) == 8 and set(splits.pretrain.labels) == {-1}     # no -1 among the labelled
-    assert splits.train.labels.tolist() == [0, 1, 2] and splits.test.labels.tolist() == [0, 1] and len(splits.classes) == 10
+    assert len(splits.pretrain) == 8 and set(splits.pretrain.labels) == {-1}
+    assert splits.train.labels.tolist() == [0, 1, 2]     # no -1 among the labelled
+    assert splits.test.labels.tolist() == [0, 1] and len(splits.classes) == 10
 
 
 def test_no_network_is_one_line(tmp_path, monkeypatch):
@@ -533,7 +602,9 @@ def test_folder_without_a_readable_image(tmp_path, content):
     if content == "text":
         (tmp_path / "a.jpg").write_text("hello")
     folder = tmp_path / "nowhere" if content == "missing" else tmp_path
-    match = "no folder" if content == "missing" else "no readable image.* files tried; read are .jpg .jpeg .png"
+    match = "no readable image.* files tried; read are .jpg .jpeg .png"
+    if content == "missing":
+        match = "no folder"
     with pytest.raises(common.UserError, match=match):
         data.open_data(str(folder), "")
 
@@ -548,11 +619,12 @@ def test_a_folder_that_may_not_be_read(tmp_path, monkeypatch):
 
 
 def test_dataset_pickles_and_too_few_test_images(tmp_path, capsys):
-    dataset = data.ImageDataset(torch.zeros(4, 3, 9, 9, dtype=torch.uint8), np.array([0, 1, 1, 0], np.uint8),
-                                transform=data.augment(8, 1.0))
-    assert pickle.loads(pickle.dumps(dataset))[0, 1][0].shape == (3, 8, 8)       # for spawned loaders
+    dataset = data.ImageDataset(torch.zeros(4, 3, 9, 9, dtype=torch.uint8),
+                                np.array([0, 1, 1, 0], np.uint8), transform=data.augment(8, 1.0))
+    copy = pickle.loads(pickle.dumps(dataset))           # for spawned loaders
+    assert copy[0, 1][0].shape == (3, 8, 8)
     table, y = data.features(lambda x: x.flatten(1), dataset, 8, "cpu")
-    assert data.knn(table + 1, y, table + 1, y, 2, k=4)[1] == 100                # uint8 labels, too
+    assert data.knn(table + 1, y, table + 1, y, 2, k=4)[1] == 100              # uint8 labels, too
     for i in range(4):
         save(tmp_path / "ab"[i % 2] / f"{i}.jpg")
     assert data.open_data(str(tmp_path), "").test is None
@@ -576,39 +648,49 @@ def test_knn_golden_figures():
 
 def test_knn_votes():
     generator = torch.Generator().manual_seed(0)
-    train, test = torch.randn(300, 8, generator=generator), torch.randn(2500, 8, generator=generator)
-    y, z = torch.randint(0, 5, (300,), generator=generator), torch.randint(0, 5, (2500,), generator=generator)
+    train = torch.randn(300, 8, generator=generator)
+    test = torch.randn(2500, 8, generator=generator)
+    y = torch.randint(0, 5, (300,), generator=generator)
+    z = torch.randint(0, 5, (2500,), generator=generator)
     near = (F.normalize(test, dim=1) @ F.normalize(train, dim=1).T).argmax(1)
-    assert data.knn(train, y, test, z, 5, k=1)[0] == pytest.approx(100 * (y[near] == z).float().mean().item())
-    similarity = F.normalize(test.double(), dim=1) @ F.normalize(train.double(), dim=1).T       # by brute force
-    chosen = [np.argsort(-row)[:20] for row in similarity.numpy()]
-    votes = [np.bincount(y[c], np.exp(row[c] / 0.07), 5).argmax() for row, c in zip(similarity.numpy(), chosen)]
-    assert data.knn(train, y, test, z, 5)[0] == pytest.approx(100 * np.mean(votes == z.numpy()), abs=0.05)
+    expected = 100 * (y[near] == z).float().mean().item()
+    assert data.knn(train, y, test, z, 5, k=1)[0] == pytest.approx(expected)
+    similarity = F.normalize(test.double(), dim=1) @ F.normalize(train.double(), dim=1).T
+    votes = []                                           # by brute force
+    for row in similarity.numpy():
+        chosen = np.argsort(-row)[:20]
+        votes.append(np.bincount(y[chosen], np.exp(row[chosen] / 0.07), 5).argmax())
+    expected = 100 * np.mean(votes == z.numpy())
+    assert data.knn(train, y, test, z, 5)[0] == pytest.approx(expected, abs=0.05)
     assert data.knn(train, y, train, y, 5, k=1)[0] == 100
-    assert data.knn(train[:3], y[:3], test, z, 5, k=200)[0] > 0                  # k beyond the training set
-    assert data.knn(1e4 * train.half(), y, test.half(), z, 5)[0] > 0             # and no overflow
+    assert data.knn(train[:3], y[:3], test, z, 5, k=200)[0] > 0      # k beyond the training set
+    assert data.knn(1e4 * train.half(), y, test.half(), z, 5)[0] > 0           # and no overflow
 
 
 def test_linear_probe():
     """It is ridge regression with the best of its penalties, and finds what is linear."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2000, 12, generator=generator) * torch.linspace(0.01, 100, 12) + 5       # scales do not matter
+    scales = torch.linspace(0.01, 100, 12)               # they do not matter
+    x = torch.randn(2000, 12, generator=generator) * scales + 5
     noise = 20 * torch.randn(2000, 3, generator=generator)
     y = (x @ torch.randn(12, 3, generator=generator) + noise).argmax(dim=1)
-    train, test = slice(0, 1500), slice(1500, 2000)
+    train = slice(0, 1500)
+    test = slice(1500, 2000)
     got = data.linear_probe(x[train], y[train], x[test], y[test], 3)
     z = (x - x[train].mean(0)) / x[train].std(0)
-    a = torch.cat([z, torch.ones(2000, 1)], dim=1).double()                      # the weights' last row: the bias
+    a = torch.cat([z, torch.ones(2000, 1)], dim=1).double()      # the weights' last row: the bias
     best = []
     for penalty in (1e-4, 1e-3, 1e-2, 1e-1, 1.0):
         ridge = 1500 * penalty * torch.diag(torch.tensor([1.0] * 12 + [0.0])).double()
-        weights = torch.linalg.solve(a[train].T @ a[train] + ridge, a[train].T @ F.one_hot(y[train], 3).double())
-        best.append(100 * ((a[test] @ weights).argmax(1) == y[test]).double().mean().item())
+        moment = a[train].T @ F.one_hot(y[train], 3).double()
+        weights = torch.linalg.solve(a[train].T @ a[train] + ridge, moment)
+        correct = (a[test] @ weights).argmax(1) == y[test]
+        best.append(100 * correct.double().mean().item())
     assert min(abs(got - value) for value in best) < 0.11 and got > 80
     assert data.linear_probe(x[train], y[train], x[train][:, :1] * 0 + x[train], y[train], 3) > 80
-    constant = torch.cat([x[train], torch.ones(1500, 1)], dim=1)                 # a feature that never changes
+    constant = torch.cat([x[train], torch.ones(1500, 1)], dim=1)     # a feature that never changes
     assert data.linear_probe(constant, y[train], constant, y[train], 3) > 80
-    few = data.linear_probe(x[:5], y[:5], x[:5], y[:5], 3)                       # fewer images than penalties
+    few = data.linear_probe(x[:5], y[:5], x[:5], y[:5], 3)           # fewer images than penalties
     assert 0 <= few <= 100
 
 
@@ -625,11 +707,21 @@ def test_linear_probe_chooses_the_penalty_on_a_tenth():
 def test_score_encoders_takes_so_many_images(monkeypatch):
     """50 voters a class, but 20,000 in all; 20,000 images for the probe."""
     met = {}
-    monkeypatch.setattr(data, "knn", lambda train, labels, *rest: met.update(voters=labels) or (1.0, 2.0))
-    monkeypatch.setattr(data, "linear_probe", lambda train, *rest: met.update(probe=len(train)) or 3.0)
+
+    def knn(train, labels, *rest):
+        met["voters"] = labels
+        return 1.0, 2.0
+
+    def linear_probe(train, *rest):
+        met["probe"] = len(train)
+        return 3.0
+
+    monkeypatch.setattr(data, "knn", knn)
+    monkeypatch.setattr(data, "linear_probe", linear_probe)
 
     def scores(n, classes):
-        train = data.ImageDataset(torch.zeros(n, 3, 1, 1, dtype=torch.uint8), np.arange(n) % classes)
+        images = torch.zeros(n, 3, 1, 1, dtype=torch.uint8)
+        train = data.ImageDataset(images, np.arange(n) % classes)
         test = data.ImageDataset(train.source[:9], train.labels[:9])
         splits = data.Splits(train, train, test, list(range(classes)))
         cfg = SimpleNamespace(image_size=1, workers=0)
@@ -647,48 +739,58 @@ def test_image_grid(tmp_path):
     pixels = torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8)
     path = tmp_path / "grid.png"
     path.write_bytes(b"cut off")
-    data.save_image_grid(path, {"first": data.to_device(pixels, "cpu"), "second": data.to_device(pixels, "cpu")})
+    images = data.to_device(pixels, "cpu")
+    data.save_image_grid(path, {"first": images, "second": images})
     written = np.asarray(Image.open(path))
     tile = written[14 + 2:14 + 98, 2:98].transpose(2, 0, 1).astype(int)
-    assert np.abs(tile - pixels[0].numpy()).max() <= 1 and [p.name for p in tmp_path.iterdir()] == ["grid.png"]
+    assert np.abs(tile - pixels[0].numpy()).max() <= 1
+    assert [p.name for p in tmp_path.iterdir()] == ["grid.png"]
 
 
 def test_patches_of_one_color():
     black_white = data.solid_patches(torch.tensor([[0.0, 0, 0], [255, 255, 255]]), 2)
     assert black_white.shape == (2, 12)
     images = mae.unpatchify(black_white.unsqueeze(1), 2, (1, 1))
-    want = data.to_device(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(-1, 3, 2, 2), "cpu")
-    torch.testing.assert_close(images, want)
+    pixels = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(-1, 3, 2, 2)
+    torch.testing.assert_close(images, data.to_device(pixels, "cpu"))
     heat = mae.unpatchify(data.heat_patches(torch.tensor([[0.0], [1.0]]), 2), 2, (1, 1))
     mean, std = data.mean_std("cpu")
-    torch.testing.assert_close(255 * (heat * std + mean)[:, :, 0, 0], torch.tensor([[30.0, 30, 110], [255, 230, 60]]))
+    colors = 255 * (heat * std + mean)[:, :, 0, 0]
+    torch.testing.assert_close(colors, torch.tensor([[30.0, 30, 110], [255, 230, 60]]))
 
 
 # --------------------------------------------------------------------------------- synthetic shapes
 def test_shapes_are_a_function_of_split_and_index():
-    everything, some = data.synthetic_shapes("train", np.arange(1000)), data.synthetic_shapes("train", np.array([7, 999, 3]))
+    everything = data.synthetic_shapes("train", np.arange(1000))
+    some = data.synthetic_shapes("train", np.array([7, 999, 3]))
     for name in everything:
         assert (everything[name][[7, 999, 3]] == some[name]).all()
-    assert (data.synthetic_shapes("test", np.arange(9))["image"] != everything["image"][:9]).mean() > 0.5
+    other = data.synthetic_shapes("test", np.arange(9))
+    assert (other["image"] != everything["image"][:9]).mean() > 0.5
     assert everything["image"].shape == (1000, 3, 32, 32) and everything["image"].dtype == np.uint8
-    assert np.bincount(everything["shape"], minlength=8).min() > 80 and np.bincount(everything["color"], minlength=8).min() > 80
-    assert everything["image"].mean() == pytest.approx(126.677, abs=1e-3)   # every figure rests on them
+    for name in ("shape", "color"):
+        assert np.bincount(everything[name], minlength=8).min() > 80
+    mean = everything["image"].mean()
+    assert mean == pytest.approx(126.677, abs=1e-3)      # every figure rests on them
     assert np.bincount(everything["shape"])[:3].tolist() == [122, 128, 113]
 
 
 def test_shapes_captions_masks_and_pairs():
     shapes = data.synthetic_shapes("train", np.arange(500))
     words = set(data.COLORS) | set(data.SHAPES)
+    frames = set()                                       # captions without color and shape
     for caption, color, shape in zip(shapes["caption"], shapes["color"], shapes["shape"]):
-        assert words & set(caption.split()) == {list(data.COLORS)[color], list(data.SHAPES)[shape]}
-    assert len(set(c.replace(list(data.COLORS)[k], "").replace(list(data.SHAPES)[s], "")
-                   for c, k, s in zip(shapes["caption"], shapes["color"], shapes["shape"]))) >= len(data.CAPTIONS)
+        color = list(data.COLORS)[color]
+        shape = list(data.SHAPES)[shape]
+        assert words & set(caption.split()) == {color, shape}
+        frames.add(caption.replace(color, "").replace(shape, ""))
+    assert len(frames) >= len(data.CAPTIONS)
     colors = np.array(list(data.COLORS.values()))[shapes["color"]]
     inside = np.stack([p[:, m].mean(1) for p, m in zip(shapes["image"], shapes["mask"])])
     assert np.abs(inside - colors).mean() < 20           # the mask lies on the object
     assert 0.05 < shapes["mask"].mean() < 0.4
     assert len(set(data.HELD_OUT)) == 12
-    for side in (0, 1):                                  # one word alone never names a held-out pair
+    for side in (0, 1):                                  # one word alone names no held-out pair
         held = [pair[side] for pair in data.HELD_OUT]
         assert max(held.count(v) for v in set(held)) == 2
     assert all([pair[0] for pair in data.HELD_OUT].count(c) == 2 for c, _ in data.HELD_OUT)

@@ -108,8 +108,9 @@ def write_byte_pairs(path):
 
 def random_texts(count):
     """Strings with emoji, Chinese, combining and control characters."""
-    alphabet = ["a", "b", "cats", "Red", " ", " ", "ring", ".", "'s", "é", "e\u0301", "ß", "中文",
-                "😀", "👩\u200d🚀", "\t", "\n", "\x00", "\x1b", "\u202e", "\ufffd", "½", "\ufeff"]
+    alphabet = ["a", "b", "cats", "Red", " ", " ", "ring", ".", "'s", "é", "e\u0301", "ß",
+                "中文", "😀", "👩\u200d🚀", "\t", "\n", "\x00", "\x1b", "\u202e", "\ufffd",
+                "½", "\ufeff"]
     chance = random.Random(0)
     return ["".join(chance.choices(alphabet, k=chance.randint(0, 25))) for _ in range(count)]
 

@@ -28,17 +28,21 @@ def test_golden_figures(target):
     model, images, noise = golden_mae(target == "norm_pix")
     loss, prediction, masked = model(images, noise)
     loss.backward()
-    close = lambda got, figure: np.testing.assert_allclose(got, figure, rtol=1e-4, atol=1e-6)
+
+    def close(got, figure):
+        np.testing.assert_allclose(got, figure, rtol=1e-4, atol=1e-6)
+
     close(loss.item(), want["loss"])
     mask = torch.zeros(5, 64, dtype=torch.bool).scatter(1, masked, True)
     assert mask.sum() == want["mask_sum"]
     assert "".join("01"[int(m)] for m in mask[0]) == want["mask_row0"]
     for name, norm in want["grad_norm"].items():
         close(model.get_parameter(name).grad.norm().item(), norm)
-    first = masked[0].argmin()                           # the reference lists patches in raster order
+    first = masked[0].argmin()                           # the reference lists them in raster order
     close(prediction[0, first, :8].detach(), want["pred_first_masked_patch_head"])
-    visible, masked = mae.random_masking(noise, 0.75)       # the reference also predicts visible patches
-    decoded = model.decode(model.forward_features(mae.patchify(images, 4), visible), visible, masked)[:, 1:]
+    visible, masked = mae.random_masking(noise, 0.75)    # the reference predicts visible ones, too
+    latent = model.forward_features(mae.patchify(images, 4), visible)
+    decoded = model.decode(latent, visible, masked)[:, 1:]
     everywhere = model.decoder_pred(model.decoder_norm(decoded)).detach()
     close(everywhere.mean(), want["pred_mean"])
     close(everywhere.abs().mean(), want["pred_abs_mean"])
@@ -52,7 +56,8 @@ def test_state_dict_names_and_shapes():
 def test_position_table():
     row = mae.MAE(**SMALL).pos_embed[0, 2]
     np.testing.assert_allclose(row[:6], FIGURES["pos_embed_row_2_head"], rtol=1e-6)
-    np.testing.assert_allclose(mae.MAE(**SMALL).pos_embed.abs().sum().item(), FIGURES["pos_embed_abs_sum"], rtol=1e-4)
+    total = mae.MAE(**SMALL).pos_embed.abs().sum().item()
+    np.testing.assert_allclose(total, FIGURES["pos_embed_abs_sum"], rtol=1e-4)
     table = mae.sincos_positions(768, (14, 14))[0]
     token = table[1 + 2 * 14 + 5]                        # row 2, column 5: the column comes first
     want = [math.sin(5), math.cos(5), math.sin(2), math.cos(2)]
@@ -60,7 +65,8 @@ def test_position_table():
     np.testing.assert_allclose(table[1:].norm(dim=1), math.sqrt(384), rtol=1e-6)
     assert (table[0] == 0).all()
     oblong = mae.sincos_positions(8, (2, 3))[0, 1:].view(2, 3, 8)
-    assert (oblong[0, :, :4] == oblong[1, :, :4]).all() and (oblong[:, 0, 4:] == oblong[:, 2, 4:]).all()
+    assert (oblong[0, :, :4] == oblong[1, :, :4]).all()
+    assert (oblong[:, 0, 4:] == oblong[:, 2, 4:]).all()
 
 
 @pytest.mark.parametrize("size, patch, state, encoder, trainable, decayed", [
@@ -78,27 +84,32 @@ def test_parameter_counts_of_the_paper(size, patch, state, encoder, trainable, d
     assert sum(p.numel() for p in parameters.values() if p.requires_grad) == trainable
     groups = common.parameter_groups(model, 0.05)
     assert tuple(len(g["params"]) for g in groups) == decayed
-    assert any(p is model.mask_token for p in groups[0]["params"])               # tokens are decayed
+    assert any(p is model.mask_token for p in groups[0]["params"])             # tokens are decayed
 
 
 def test_presets_are_the_papers():
     cfg = common.parse_config(mae.Config, mae.PRESETS, ["--data", "imagenet"])
-    assert (cfg.embed_dim, cfg.depth, cfg.num_heads, cfg.epochs, cfg.batch_size) == (768, 12, 12, 800, 4096)
-    assert (cfg.base_lr, cfg.weight_decay, cfg.warmup_epochs, cfg.crop_scale) == (1.5e-4, 0.05, 40, 0.2)
-    assert common.parse_config(mae.Config, mae.PRESETS, ["--data", "imagenet", "--model", "huge", "--patch-size", "14"]).depth == 32
+    assert (cfg.embed_dim, cfg.depth, cfg.num_heads) == (768, 12, 12)
+    assert (cfg.epochs, cfg.batch_size, cfg.warmup_epochs) == (800, 4096, 40)
+    assert (cfg.base_lr, cfg.weight_decay, cfg.crop_scale) == (1.5e-4, 0.05, 0.2)
+    flags = ["--data", "imagenet", "--model", "huge", "--patch-size", "14"]
+    assert common.parse_config(mae.Config, mae.PRESETS, flags).depth == 32
 
 
 def test_patchify():
     images = torch.arange(2 * 3 * 8 * 12).view(2, 3, 8, 12).float()
     patches = mae.patchify(images, 4)
     assert patches.shape == (2, 6, 48)
-    assert (patches[1, 4] == images[1, :, 4:8, 4:8].permute(1, 2, 0).flatten()).all()    # row, column, channel
+    patch = images[1, :, 4:8, 4:8].permute(1, 2, 0).flatten()      # row, column, channel
+    assert (patches[1, 4] == patch).all()
     assert (mae.unpatchify(patches, 4, (2, 3)) == images).all()
 
 
 def test_patch_embedding_is_the_convolution():
-    embed, images = mae.PatchEmbed(4, 48), torch.randn(2, 3, 16, 8)
-    torch.testing.assert_close(embed(mae.patchify(images, 4)), embed.proj(images).flatten(2).transpose(1, 2))
+    embed = mae.PatchEmbed(4, 48)
+    images = torch.randn(2, 3, 16, 8)
+    convolved = embed.proj(images).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(embed(mae.patchify(images, 4)), convolved)
 
 
 def test_random_masking():
@@ -109,7 +120,8 @@ def test_random_masking():
     assert (noise.gather(1, visible).amax(1) < noise.gather(1, masked).amin(1)).all()
     share = torch.zeros(4000, 64).scatter(1, masked, 1).mean(0)
     assert (share - 0.75).abs().max() < 5 * math.sqrt(0.75 * 0.25 / 4000)
-    counts = [(196, 0.75, 49), (196, 0.9, 19), (256, 0.75, 64), (100, 0.9, 9)]   # the last: as released
+    counts = [(196, 0.75, 49), (196, 0.9, 19), (256, 0.75, 64),
+              (100, 0.9, 9)]                             # as released
     assert all(mae.random_masking(torch.rand(1, n), r)[0].shape[1] == k for n, r, k in counts)
 
 
@@ -119,7 +131,8 @@ def test_loss_of_special_predictions():
     loss = mae.reconstruction_loss(torch.zeros_like(target), target).item()
     assert loss == pytest.approx(767 / 768, rel=1e-5)    # the variance is the unbiased one
     assert mae.reconstruction_loss(target, target) == 0
-    torch.testing.assert_close(mae.pixel_target(3 * patches + 1, True), target, atol=1e-4, rtol=1e-4)
+    brighter = mae.pixel_target(3 * patches + 1, True)
+    torch.testing.assert_close(brighter, target, atol=1e-4, rtol=1e-4)
     assert mae.pixel_target(patches, False) is patches
 
 
@@ -144,9 +157,10 @@ def test_encoder_without_masks_is_the_masked_path_with_all_visible():
     order, none = mae.random_masking(noise, 0.0)
     shuffled = model.forward_features(mae.patchify(images, 4), order)
     assert none.shape[1] == 0
-    torch.testing.assert_close(mae.gather_tokens(model.encode(images)[:, 1:], order), shuffled[:, 1:], atol=1e-5, rtol=1e-5)
+    encoded = mae.gather_tokens(model.encode(images)[:, 1:], order)
+    torch.testing.assert_close(encoded, shuffled[:, 1:], atol=1e-5, rtol=1e-5)
     with torch.no_grad():
-        model.pos_embed.zero_()                          # without positions, the order is lost on it
+        model.pos_embed.zero_()                          # without positions the order is lost on it
     again = model.forward_features(mae.patchify(images, 4), order)
     torch.testing.assert_close(model.encode(images)[:, 0], again[:, 0], atol=1e-5, rtol=1e-5)
 
@@ -167,10 +181,11 @@ def test_agrees_with_torchvisions_vit():
     theirs = VisionTransformer(32, 8, 2, 4, 48, 192, num_classes=1)
     ours = mae.VisionTransformer(32, 8, 48, 2, 4)
     state = {"cls_token": theirs.class_token, "pos_embed": theirs.encoder.pos_embedding,
-             "patch_embed.proj.weight": theirs.conv_proj.weight, "patch_embed.proj.bias": theirs.conv_proj.bias,
+             "patch_embed.proj.weight": theirs.conv_proj.weight,
+             "patch_embed.proj.bias": theirs.conv_proj.bias,
              "norm.weight": theirs.encoder.ln.weight, "norm.bias": theirs.encoder.ln.bias}
-    names = {"ln_1": "norm1", "ln_2": "norm2", "self_attention.in_proj_": "attn.qkv.", "mlp.0": "mlp.fc1",
-             "self_attention.out_proj": "attn.proj", "mlp.3": "mlp.fc2"}
+    names = {"ln_1": "norm1", "ln_2": "norm2", "self_attention.in_proj_": "attn.qkv.",
+             "mlp.0": "mlp.fc1", "self_attention.out_proj": "attn.proj", "mlp.3": "mlp.fc2"}
     for name, value in theirs.encoder.layers.named_parameters():
         name = name.replace("encoder_layer_", "blocks.")
         for old, new in names.items():
@@ -178,7 +193,8 @@ def test_agrees_with_torchvisions_vit():
         state[name] = value
     ours.load_state_dict(state)
     images = torch.randn(2, 3, 32, 32)
-    want = theirs.encoder(torch.cat([theirs.class_token.expand(2, -1, -1), theirs._process_input(images)], 1))
+    tokens = torch.cat([theirs.class_token.expand(2, -1, -1), theirs._process_input(images)], 1)
+    want = theirs.encoder(tokens)
     torch.testing.assert_close(ours.encode(images), want, atol=1e-5, rtol=1e-5)
 
 
@@ -197,7 +213,8 @@ def test_overfits_eight_images():
     images = F.interpolate(torch.randn(8, 3, 5, 5), size=16, mode="bicubic")
     noise = torch.rand(8, 16)
     losses = []
-    optimizer = torch.optim.AdamW(common.parameter_groups(model, 0.05), betas=(0.9, 0.95), fused=True)
+    groups = common.parameter_groups(model, 0.05)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     table = model.pos_embed.clone()
     for step in range(250):
         for group in optimizer.param_groups:
@@ -233,6 +250,7 @@ def test_encoder_exports_with_a_dynamic_batch():
             return self.model.encode(images)
 
     batch = torch.export.Dim("batch", min=2, max=64)
-    program = torch.export.export(Encoder(), (torch.randn(4, 3, 16, 16),), dynamic_shapes=({0: batch},))
+    program = torch.export.export(Encoder(), (torch.randn(4, 3, 16, 16),),
+                                  dynamic_shapes=({0: batch},))
     images = torch.randn(7, 3, 16, 16)
     torch.testing.assert_close(program.module()(images), model.encode(images), atol=1e-5, rtol=1e-5)

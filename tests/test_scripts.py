@@ -13,7 +13,7 @@ TOP = ("common", "data", "evaluate", *METHODS)
 SHARED = {                                               # wherever they are, they are mae.py's
     "patchify", "unpatchify", "gather_tokens", "sincos_positions", "PatchEmbed", "pixel_target",
     "undo_norm_pix", "reconstruction_loss", "main"}
-ENCODER = {"Attention", "Mlp", "Block", "VisionTransformer"}     # of mae.py, amt.py, supmim.py, flip.py
+ENCODER = {"Attention", "Mlp", "Block", "VisionTransformer"}     # of mae, amt, supmim and flip
 DISTILLED = {                                            # of maskdistill.py and dtm.py
     "RelativePositions", "relative_index", "Attention", "quick_gelu", "Mlp", "Block",
     "VisionTransformer", "block_masking", "Teacher", "download", "clip_to_timm", "load_teacher",

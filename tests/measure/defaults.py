@@ -1,7 +1,8 @@
-"""The default run of each script with five seeds: `python tests/measure/defaults.py run`, then `table`.
+"""The default run of each script with five seeds: `python tests/measure/defaults.py run`, then
+`table`.
 
-run     python mae.py, maskdistill.py, ... on the synthetic shapes, one after the other, and a line of
-        --results for each. What --results holds already for this commit is not run again.
+run     python mae.py, maskdistill.py, ... on the synthetic shapes, one after the other, and a line
+        of --results for each. What --results holds already for this commit is not run again.
 table   writes the table between the marks in tests/measure/results.md: mean, least and greatest.
 
 Run it on a machine that does nothing else: the seconds are a column of the table.
@@ -24,7 +25,7 @@ from study import commit, machine
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 SCRIPTS = ("mae", "maskdistill", "flip", "dtm", "amt", "supmim")
-CONTROLS = {                                             # what the method's own idea is compared with
+CONTROLS = {                                             # what the method's idea is compared with
     "maskdistill": "--teacher pixels",
     "dtm": "--morphs 0",
     "amt": "--sampling uniform",

@@ -238,39 +238,53 @@ def test_lines():
         assert int(count) == sum(line[0] in "<>" for line in done.stdout.splitlines()), second
 
 
-def test_benchmark_commands(prepared, monkeypatch, capsys):
-    """Each that the README shows: its own flags, then a tiny model's and one round. Of `train`, a
+def test_benchmark_commands(in_tmp, monkeypatch, capsys):
+    """Each that benchmark.md shows: its own flags, then a tiny model's and one round. Of `train`, a
     step of ours of all methods, and one run in a process."""
-    monkeypatch.chdir(prepared)
+    text = (ROOT / "tests/measure/benchmark.md").read_text()
+    shown = re.findall(r"`python tests/measure/benchmark.py ([^`]+)`", text)
     honest = torch.randn
     monkeypatch.setattr(torch, "randn", lambda *shape, **options:       # a product of 512, not 4096
                         honest(*(min(side, 512) for side in shape), **options))
     decoder = dict(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
     monkeypatch.setattr(benchmark, "DECODER", decoder)
-    by_hand = commands(by_hand=True)
-    shown = [words[2:] for words in by_hand if words[1] == "tests/measure/benchmark.py"]
-    assert {flags[0] for flags in shown} == {"train", "data", "hours", "features"}
-    small = ["--model", "micro", "--rounds", "1", "--batch", "2"]
-    for flags in shown:
-        if flags[0] == "train":
-            args = benchmark.arguments(flags + small)
-            for name in benchmark.CONTESTANTS[args.method] if args.method == "all" else ():
-                if not name.startswith(benchmark.PEERS):
-                    benchmark.Contestant(name, args).step(torch.randn(2, 3, 224, 224))
-        elif flags[0] != "data":
-            known = {"cifar10-jpg": "photos", "...": "mae.pt"}
-            benchmark.main([known.get(flag, flag) for flag in flags] + small)
+    monkeypatch.setattr(benchmark, "JPEGS", 4)
+    small = ["--model", "micro", "--rounds", "1", "--batch", "2", "--results", "shown.jsonl"]
+    threads = torch.get_num_threads()
+    methods = set()
+    for command in shown:
+        flags = shlex.split(command) + small
+        args = benchmark.arguments(flags)
+        if args.what == "train":
+            methods.add(args.method)
+        else:
+            benchmark.main(flags)
             assert re.search(r"[1-9]", capsys.readouterr().out.splitlines()[-1])
-    benchmark.main(["train", *small, "--contestants", "ours", "--one-at-a-time",
-                    "--results", "speed.jsonl"])
+    torch.set_num_threads(threads)
+    assert {command.split()[0] for command in shown} >= {"train", "morph", "hours"}
+    assert "all" in methods
+
+    args = benchmark.arguments(["train", "--method", "all", *small])
+    for name in benchmark.CONTESTANTS["all"]:
+        if name.startswith("ours"):
+            benchmark.Contestant(name, args).step(torch.randn(2, 3, 224, 224))
+
+    monkeypatch.setattr(benchmark, "installed_contestants", lambda method: ["ours"])
+    benchmark.main(["train", *small, "--one-at-a-time", "--results", "speed.jsonl"])
     line = json.loads(Path("speed.jsonl").read_text())
     printed = re.search(r"\nours +([0-9.]+)", capsys.readouterr().out)[1]
     assert float(printed) == pytest.approx(line["images_per_s"], rel=1e-3, abs=0.01)
-    threads = torch.get_num_threads()
-    benchmark.main(["data", "--folder", "train2017", "--rounds", "1", "--results", "data.jsonl"])
+
+    benchmark.main(["data", "--rounds", "1", "--results", "data.jsonl"])
     torch.set_num_threads(threads)
     assert re.search(r"\nours +[1-9]", capsys.readouterr().out)
-    assert len(open("data.jsonl").readlines()) == 4
+    assert len(open("data.jsonl").readlines()) == 6
+
+
+def test_benchmark_leaves_out_what_is_not_installed(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "PEERS", {"timm": "json", "transformers": "no_such_package"})
+    assert benchmark.installed_contestants("mae") == ["ours", "timm blocks", "vit-pytorch"]
+    assert capsys.readouterr().out == "no_such_package is not installed, left out: transformers\n"
 
 
 SCRIPT = """import json, sys

@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import importlib.util
 import json
 import multiprocessing
 import statistics
@@ -18,8 +17,6 @@ import common
 import data
 
 METHODS = ("mae", "maskdistill", "dtm", "flip", "amt", "supmim")
-PEERS = {"timm": "timm", "transformers": "transformers", "vit-pytorch": "vit_pytorch",
-         "open_clip": "open_clip"}                       # of benchmark.py: name, package
 SECOND_EPOCH = {                                         # the 20 steps reach maps, thrown patches
     "amt": ["--batch-size", "2000", "--base-lr", "1e-3", "--attention-from", "1",
             "--refresh-every", "1"]}
@@ -159,9 +156,7 @@ def answer_of(pipe):
 
 def speed(args) -> int:
     assert set().union(*TOGETHER) <= benchmark.CONTESTANTS["all"].keys()
-    installed = {peer for peer, package in PEERS.items() if importlib.util.find_spec(package)}
-    names = [name for name in benchmark.CONTESTANTS["all"]
-             if name.split(" ")[0] in installed | {"ours"}]
+    names = benchmark.installed_contestants("all")
     settings = argparse.Namespace(method="all", precision="bf16", device=args.device,
                                   model="micro" if args.quick else "base", compile=False)
     pipes = {name: start(name, settings) for name in names}

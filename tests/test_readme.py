@@ -32,6 +32,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "tests/measure"))
 import benchmark
+import defaults
 import study
 
 VIT = ("--image-size 16 --patch-size 4 --workers 0 --no-compile --accumulate 1 --epochs 2 "
@@ -405,3 +406,38 @@ def test_study(prepared, monkeypatch):
         assert f"| `mae.py` | {trained} |" in text
     assert f"| `mae.py` | {trained} | {early} | {late} | 0." in text
     assert Image.open("study.png").width > 500
+
+
+def test_defaults(in_tmp, monkeypatch, capsys):
+    """A run of --results that is known is not started again; the table has a row for each script,
+    its control and number of threads, with mean, least and greatest of the seeds."""
+    started = []
+
+    def fake_run(command, env, check, stdout):
+        folder = Path(command[-2].removeprefix("--output="))
+        folder.mkdir(parents=True)
+        seed = int(command[-3].removeprefix("--seed="))
+        started.append((Path(command[1]).name, command[2:-3], seed, env["OMP_NUM_THREADS"]))
+        lines = [{"step": 1, "map_lift": 2.5}, {"step": 2, "linear_trained": 50.0 + 10 * seed}]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / "metrics.jsonl").write_text(text)
+
+    monkeypatch.setattr(defaults.subprocess, "run", fake_run)
+    monkeypatch.setattr(defaults, "commit", lambda: "abc")
+    monkeypatch.setattr(defaults, "HERE", in_tmp)
+    flags = ["run", "--scripts", "amt", "--seeds", "0", "1", "--threads", "3", "--controls",
+             "--runs", "runs", "--results", "defaults.jsonl"]
+    defaults.main(flags)
+    uniform = ["--sampling", "uniform"]
+    assert started == [("amt.py", [], 0, "3"), ("amt.py", uniform, 0, "3"),
+                       ("amt.py", [], 1, "3"), ("amt.py", uniform, 1, "3")]
+    defaults.main(flags)
+    assert len(started) == 4
+    lines = [json.loads(line) for line in open("defaults.jsonl")]
+    assert lines[0]["map_lift"] == 2.5
+    Path("results.md").write_text("before\n<!-- defaults -->\nold\n<!-- /defaults -->\nafter\n")
+    defaults.main(["table", "--results", "defaults.jsonl"])
+    text = Path("results.md").read_text()
+    assert "| `amt.py` | 3 | 2 | 55.0 (50.0 to 60.0) |" in text
+    assert "| `amt.py --sampling uniform` | 3 | 2 | 55.0 (50.0 to 60.0) |" in text
+    assert text.startswith("before\n") and text.endswith("<!-- /defaults -->\nafter\n")

@@ -31,9 +31,17 @@ CONTROLS = {                                             # what the method's ide
     "amt": "--sampling uniform",
     "supmim": "--mim-weight 0",
 }
-COLUMNS = ("linear_trained", "linear_untrained", "linear_pixels", "linear_teacher", "knn_trained",
-           "knn_untrained", "top1", "zero_shot", "zero_shot_seen", "zero_shot_held_out",
-           "map_lift", "objects_masked", "seconds")
+COLUMNS = {                                              # of the table: a score of the lines
+    "linear": "linear_trained",
+    "untrained": "linear_untrained",
+    "teacher": "linear_teacher",
+    "k-NN": "knn_trained",
+    "k-NN, untrained": "knn_untrained",
+    "top-1": "top1",
+    "zero-shot": "zero_shot",
+    "seconds": "seconds",
+}
+ALSO_KEPT = ("zero_shot_seen", "zero_shot_held_out", "map_lift", "objects_masked")
 START, END = "<!-- defaults -->\n", "<!-- /defaults -->"
 
 
@@ -70,8 +78,8 @@ def start(job: dict, args) -> tuple[dict, float]:
     metrics = {}
     for line in lines:                                   # the last value of each name
         metrics |= json.loads(line)
-    scores = {name: value for name, value in metrics.items() if name.startswith(("knn", "linear"))
-              or name in COLUMNS}
+    scores = {name: value for name, value in metrics.items()
+              if name.startswith(("knn", "linear")) or name in (*COLUMNS.values(), *ALSO_KEPT)}
     return scores, round(seconds, 1)
 
 
@@ -81,12 +89,15 @@ def table(args):
     for line in read(args.results):
         groups.setdefault((line["script"], line["flags"], line["threads"]), []).append(line)
     rows = [["", "threads", "seeds", *COLUMNS], ["---"] * (len(COLUMNS) + 3)]
-    for (script, flags, threads), lines in groups.items():
-        row = [f"`{script}.py {flags}`".replace(" `", "`"), str(threads), str(len(lines))]
-        for column in COLUMNS:
-            values = [line[column] for line in lines if column in line]
-            row.append(f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
-                       if values else "")
+    for key in sorted(groups, key=lambda key: (SCRIPTS.index(key[0]), *key[1:])):
+        script, flags, threads = key
+        row = [f"`{script}.py {flags}`".replace(" `", "`"), str(threads), str(len(groups[key]))]
+        for name in COLUMNS.values():
+            values = [line[name] for line in groups[key] if name in line]
+            text = ""
+            if values:
+                text = f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+            row.append(text)
         rows.append(row)
     text = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     stamps = sorted({f"{line['machine']}, torch {line['torch']}, commit {line['commit']}, "

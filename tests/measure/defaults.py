@@ -100,13 +100,13 @@ def table(args):
             row.append(text)
         rows.append(row)
     text = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    stamps = sorted({f"{line['machine']}, torch {line['torch']}, commit {line['commit']}, "
-                     f"{line['date']}" for line in read(args.results)})
+    stamp = ", ".join(", ".join(sorted({line[key] for line in read(args.results)}))
+                      for key in ("machine", "torch", "commit", "date"))
     path = HERE / "results.md"
     before, mark, rest = path.read_text().partition(START)
     if not mark:
         raise SystemExit(f"{path} has no {START.strip()} ... {END}")
-    path.write_text(f"{before}{mark}{text}\n\n{'; '.join(stamps)}.\n{END}{rest.partition(END)[2]}")
+    path.write_text(f"{before}{mark}{text}\n\n{stamp}.\n{END}{rest.partition(END)[2]}")
 
 
 def main(argv=None):

@@ -740,19 +740,19 @@ class Shards(IterableDataset):
         """The pairs (image uint8 (3, S, S), ids (T,)) of this loader process."""
         webdataset = import_webdataset()
         seed = common.derive_seed(self.cfg.seed, self.first_step, common.rank(), self.worker, 2)
-        chance = random.Random(seed)
-        names = self.draw_names(chance)
+        rng = random.Random(seed)
+        names = self.draw_names(rng)
         files = self.read_files(names, webdataset.gopen)
         samples = webdataset.tariterators.group_by_keys(files, handler=self.skip_equal_names)
-        pairs = webdataset.shuffle(**SHUFFLE, rng=chance)(self.read_captions(samples))
-        return self.decode(pairs, chance)
+        pairs = webdataset.shuffle(**SHUFFLE, rng=rng)(self.read_captions(samples))
+        return self.decode(pairs, rng)
 
-    def draw_names(self, chance):
+    def draw_names(self, rng):
         """Names of shards. Raises UserError after 100 that hold no pair."""
         fruitless = 0
         while fruitless < 100:
             before = self.pairs_found
-            yield chance.choice(self.names)
+            yield rng.choice(self.names)
             fruitless = fruitless + 1 if self.pairs_found == before else 0
         skipped = self.in_words(self.skipped[self.worker])
         raise common.UserError(f"{fruitless} shards in a row hold no image with a caption; skipped "
@@ -802,7 +802,7 @@ class Shards(IterableDataset):
             elif texts:
                 self.skip("captions without image", name)
 
-    def decode(self, pairs, chance):
+    def decode(self, pairs, rng):
         """Pairs (image, ids). Raises UserError after 1,000 images that cannot be read."""
         unreadable = 0                                   # in a row
         for name, content, texts in pairs:
@@ -816,7 +816,7 @@ class Shards(IterableDataset):
                                            f"is {name}: {error}") from error
                 continue
             unreadable = 0
-            yield self.transform(image), self.tokenizer(chance.choice(texts))
+            yield self.transform(image), self.tokenizer(rng.choice(texts))
 
     def skip_equal_names(self, error: Exception) -> bool:
         """Called by webdataset with an exception; True: go on."""

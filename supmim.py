@@ -31,7 +31,7 @@ supervised training, and with the same other flags it draws the same random numb
     python supmim.py                                  # synthetic shapes, 320 labels, no download:
         classifier's top-1, mean of seeds 0 to 4: 46.0 % (41.4 to 50.6)
     python supmim.py --mim-weight 0                   # the supervised baseline:
-        33.5 % (29.1 to 39.7); with twice the labels it is level, with 1,000 ahead
+        33.5 % (29.1 to 39.7); with more labels it catches up (tests/measure/results.md)
     python supmim.py --target kmeans                  # codes in place of pixels
     torchrun --nproc_per_node=8 supmim.py --data imagenet --data-root /where/imagenet/is
 

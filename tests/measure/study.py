@@ -133,7 +133,9 @@ def command(method: str, seed: int, args) -> tuple[str, str]:
     batch_size = 32 if args.quick else 128
     budget = (f"--data {shlex.quote(str(args.data))} --workers {args.workers} --preset cifar10 "
               f"--epochs {args.epochs} --warmup-epochs {args.epochs / 10} --crop-scale 0.5 "
-              f"--batch-size {batch_size} --seed {seed}")
+              f"--batch-size {batch_size} --seed {seed} --precision {args.precision}")
+    if args.compile:
+        budget += " --compile"
     return script, f"{budget} {SHAPE} {flags}"
 
 
@@ -145,7 +147,8 @@ def score(method: str, seed: int, args):
         if epochs:
             epochs = 1 if args.quick else epochs
             flags += f" --epochs {epochs} --warmup-epochs {epochs / 10}"
-        flags += f" --data {shlex.quote(str(args.data))} --workers {args.workers} --seed {seed}"
+        flags += (f" --data {shlex.quote(str(args.data))} --workers {args.workers} --seed {seed}"
+                  f" --precision {args.precision}")
         if args.quick:
             flags += " --batch-size 8"
         if method == "untrained":
@@ -182,7 +185,7 @@ def is_known(args, **wanted) -> bool:
 def write(args, method, seed, protocol, epoch, top1, **details):
     line = {"method": method, "seed": seed, "protocol": protocol, "epoch": epoch, "top1": top1}
     how = {"data": Path(args.data).name, "epochs": args.epochs, "commit": commit(),
-           "machine": machine(), "torch": torch.__version__,
+           "machine": machine(), "torch": torch.__version__, "precision": args.precision,
            "date": datetime.date.today().isoformat()}
     with open(args.results, "a") as file:
         file.write(json.dumps(line | details | how) + "\n")
@@ -279,8 +282,8 @@ def describe(lines: list) -> str:
         return ", ".join(sorted({str(line[key]) for line in lines}))
 
     return (f"Top-1 in %; {all_of('data')}, {all_of('epochs')} epochs, seeds {all_of('seed')} "
-            f"(mean ± half the range); {all_of('machine')}, torch {all_of('torch')}, commit "
-            f"{all_of('commit')}, {all_of('date')}.")
+            f"(mean ± half the range); {all_of('machine')}, {all_of('precision')}, torch "
+            f"{all_of('torch')}, commit {all_of('commit')}, {all_of('date')}.")
 
 
 def between_marks(path: Path, text: str):
@@ -346,6 +349,9 @@ def main(argv=None):
     parser.add_argument("--methods", nargs="*", default=["untrained", *METHODS],
                         choices=["untrained", *METHODS])
     parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--precision", default="auto",
+                        help="of the scripts; bf16 is worth it on CPUs with avx512_bf16, too")
+    parser.add_argument("--compile", action="store_true", help="compile what is pre-trained")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--runs", type=Path, default=Path("runs/study"))
     parser.add_argument("--results", type=Path,

@@ -201,7 +201,7 @@ class RunConfig:
     seed: int = 0                 # decides weights, order, crops and masks
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda if there is a GPU, else cpu
     workers: int = 0              # loader processes for each training process; 0: none
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on GPUs that have it; to pre-train, on AMX, too
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on GPUs that have it, CPUs with AMX from width 192
     compile: bool | None = None   # compile the model: slow start, faster steps; neither: on GPUs, but not for shapes
     resume: bool = True           # go on from the folder's checkpoint; no: keep the folder as OUTPUT.1
     max_steps: int = 0            # stop after this many steps of the schedule; 0: at its end

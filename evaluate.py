@@ -352,6 +352,11 @@ def pool_tokens(tokens, pooling: str):
     return tokens[:, 1:].mean(dim=1)
 
 
+def autocast(cfg: Config, encoder, device):
+    """The precision of --precision; "auto" depends on the encoder's width, too."""
+    return common.autocast(device, cfg.precision, width=encoder.cls_token.shape[-1])
+
+
 def all_features(cfg: Config, encoder, dataset, device, poolings=POOLINGS):
     """({pooling: features fp32 (n, D)}, labels (n,)) of the images' centers, on the device."""
     norm = encoder.norm
@@ -359,7 +364,7 @@ def all_features(cfg: Config, encoder, dataset, device, poolings=POOLINGS):
     started_at = time.time()
 
     def encode(images):
-        with common.autocast(device, cfg.precision):
+        with autocast(cfg, encoder, device):
             raw = encoder.encode(images)                                       # (B, 1 + N, D)
             normed = norm(raw)
         pooled = [pool_tokens(raw if pooling.endswith("raw") else normed, pooling)
@@ -598,7 +603,7 @@ def linear_augmented(cfg: Config, encoder, device, splits) -> dict:
     batches = data.batches(splits.train, cfg, run.first_step, run.last_step)
 
     def frozen_features(images):                                               # (B, 3, H, W)
-        with torch.no_grad(), common.autocast(device, cfg.precision):
+        with torch.no_grad(), autocast(cfg, encoder, device):
             tokens = encoder.encode(images)                                    # (B, 1 + N, D)
         return pool_tokens(tokens, cfg.pooling).float()                        # (B, D)
 
@@ -607,7 +612,7 @@ def linear_augmented(cfg: Config, encoder, device, splits) -> dict:
 
     def score():
         eval_mode(head)
-        scores = accuracy(cfg, classify, splits.test, device)
+        scores = accuracy(cfg, encoder, classify, splits.test, device)
         head.train()
         common.log(f"top-1 {scores['top1']:.2f} %")
         return scores
@@ -726,10 +731,10 @@ def eval_mode(model):
     return model
 
 
-def accuracy(cfg: Config, classify, dataset, device) -> dict:
+def accuracy(cfg: Config, encoder, classify, dataset, device) -> dict:
     """Top-1 and top-5 in percent of classify: images (B, 3, H, W) -> logits (B, C), on centers."""
     def logits(images):
-        with common.autocast(device, cfg.precision):
+        with autocast(cfg, encoder, device):
             return classify(images)
 
     table, labels = data.features(logits, dataset, cfg.image_size, device, workers=cfg.workers)
@@ -775,10 +780,10 @@ def finetune(cfg: Config, encoder, device, splits, about: dict) -> dict:
     batches = data.batches(splits.train, cfg, run.first_step, run.last_step)
 
     def score():
-        scores = accuracy(cfg, eval_mode(model), splits.test, device)
+        scores = accuracy(cfg, encoder, eval_mode(model), splits.test, device)
         model.train()
         if cfg.ema:
-            of_average = accuracy(cfg, eval_mode(average), splits.test, device)
+            of_average = accuracy(cfg, encoder, eval_mode(average), splits.test, device)
             scores |= {f"ema_{name}": value for name, value in of_average.items()}
         common.log(", ".join(f"{name} {value:.2f} %" for name, value in scores.items()))
         return scores
@@ -793,7 +798,7 @@ def finetune(cfg: Config, encoder, device, splits, about: dict) -> dict:
             images = data.to_device(images, device)
             images, labels = mix(images, labels.to(device, non_blocking=True))
             with common.sync_on_last(network, i, cfg.accumulate):
-                with common.autocast(device, cfg.precision):
+                with autocast(cfg, encoder, device):
                     logits = network(images)                                   # (B, C)
                 loss = F.cross_entropy(logits.float(), labels, label_smoothing=cfg.smoothing)
                 (loss / cfg.accumulate).backward()
@@ -823,7 +828,7 @@ def score_classifier(cfg: Config, encoder, device, splits, left_out: dict, about
     if wanted != {name: value.shape for name, value in weights.items()}:
         raise common.UserError(f"{cfg.checkpoint} has no classifier of {classes} classes")
     model.load_state_dict(weights, strict=False)
-    return accuracy(cfg, eval_mode(model.to(device)), splits.test, device)
+    return accuracy(cfg, encoder, eval_mode(model.to(device)), splits.test, device)
 
 
 # ---------------------------------------------------------------------------------------- segment
@@ -992,7 +997,7 @@ def predict_classes(cfg: Config, model, images, size, classes: int, device):
     window of `slide`, and the logits to `size`."""
     images = v2.functional.resize(images, [cfg.image_size], data.BICUBIC)
     images = data.to_device(images, device)
-    with common.autocast(device, cfg.precision):
+    with autocast(cfg, model.encoder, device):
         logits = slide(model, images, cfg.image_size, classes)                 # (B, C, H', W')
     return F.interpolate(logits, size, mode="bilinear").argmax(dim=1)
 
@@ -1068,7 +1073,7 @@ def segment(cfg: Config, encoder, device) -> dict:
             images = data.to_device(images, device)
             masks = masks.to(device, non_blocking=True).long()                 # (B, H, W)
             with common.sync_on_last(network, i, cfg.accumulate):
-                with common.autocast(device, cfg.precision):
+                with autocast(cfg, encoder, device):
                     logits = network(images)                                   # (B, C, H, W)
                 loss = F.cross_entropy(logits.float(), masks, ignore_index=IGNORE, reduction="sum")
                 loss = loss / (masks != IGNORE).sum().clamp(min=1)

@@ -720,6 +720,37 @@ def test_every_protocol(photos, capsys, monkeypatch, protocol, cached, figure): 
         assert np.asarray(Image.open("eval-segment/segmentation.png")).std() > 20
 
 
+@pytest.mark.parametrize("protocol, cached", [
+    ("knn", True), ("linear", True), ("linear", False), ("finetune", True), ("segment", True),
+    ("features", True)])
+@pytest.mark.parametrize("width, amx, dtype", [
+    (192, True, torch.bfloat16), (192, False, torch.float32), (64, True, torch.float32)])
+def test_bf16_by_default_where_it_is_fast(photos, monkeypatch, protocol, cached,    # noqa: F811
+                                          width, amx, dtype):
+    monkeypatch.setitem(mae.SIZES, "micro", (width, 1, 2))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx}, raising=False)
+    changes = dict(cached=cached, epochs=2)
+    if protocol == "segment":
+        save_masked_images(12)
+        changes["data"] = "masks"
+    honest = evaluate.load_encoder
+    seen = set()
+
+    def load_encoder(cfg):
+        encoder, *others = honest(cfg)
+        encoder.blocks[0].mlp.fc1.register_forward_hook(lambda *call: seen.add(call[2].dtype))
+        return encoder, *others
+
+    monkeypatch.setattr(evaluate, "load_encoder", load_encoder)
+    evaluated(protocol, **changes)
+    assert seen == {dtype}
+    if protocol == "finetune":
+        seen.clear()
+        evaluated("finetune", **FROM_CHECKPOINT, output="score", eval=True,
+                  checkpoint="eval-finetune/finetuned.pt")
+        assert seen == {dtype}
+
+
 def test_features_of_class_folders(photos):              # noqa: F811
     encoder = drawn_encoder()
     Path("photos/train/a/08.png").write_text("text")     # not readable: no row

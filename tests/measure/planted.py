@@ -187,6 +187,8 @@ FAULTS = {
          '"strict": False}', 'tests/test_flip_data.py mistake'),
     ],
     "evaluate.py": [
+        ('the width does not reach autocast', 'width=encoder.cls_token.shape[-1])',
+         'width=0)', 'tests/test_evaluate.py bf16_by_default'),
         ("AdamW's second beta is not the preset's", 'optimizer = torch.optim.AdamW(groups, betas=(0.9, cfg.beta2), fused=True)\n    steps_per_epoch = common.plan_steps(cfg, len(splits.train))',
          'optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)\n    steps_per_epoch = common.plan_steps(cfg, len(splits.train))', 'tests/test_evaluate.py recipe_of_fine'),
         ('layer decay off by one', '"lr_scale": decay ** (depth + 1 - layer)',

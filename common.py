@@ -850,6 +850,8 @@ class Run:
         self.loss = state["loss"]
         self.epoch_losses = state["epoch_losses"]
         log(f"going on from step {self.first_step} of {self.total_steps} (--no-resume starts anew)")
+        if self.first_step >= self.last_step:
+            log("these steps are done: no more training, only the scores again")
 
     def start_files(self, state: dict | None):
         """Write config.json, and cut metrics.jsonl where the checkpoint was taken."""

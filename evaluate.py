@@ -508,6 +508,8 @@ def linear(cfg: Config, encoder, device, splits) -> dict:
     steps_per_epoch = common.plan_steps(cfg, len(x))
     name = f"evaluate, encoder {digest(encoder)}"
     run = common.Run(name, cfg, heads, optimizer, steps_per_epoch)
+    common.log(f"{len(RATES)} learning rates at once; the loss is their mean, and the largest may "
+               "diverge, the best is chosen on held-out training images")
     network = distributed(heads)
     batches = data.BatchSampler(cfg, len(x), run.first_step, run.last_step)    # of rows of x
 

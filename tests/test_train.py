@@ -236,7 +236,7 @@ def test_init(photos, unscored):
 
 
 # --------------------------------------------------------------------------------------- resuming
-def test_resumed_run_equals_an_undisturbed_one(photos):
+def test_resumed_run_equals_an_undisturbed_one(photos, capsys):
     mae.train(tiny(output="whole"))
     for steps in (3, 6, 0):                              # stops in the middle of both epochs
         mae.train(tiny(output="parts", max_steps=steps))
@@ -247,7 +247,9 @@ def test_resumed_run_equals_an_undisturbed_one(photos):
         return [{k: v for k, v in line.items() if k != "images_per_s"} for line in rows]
 
     assert logged("whole") == logged("parts")
+    assert "these steps are done" not in capsys.readouterr().out
     again = mae.train(tiny(output="parts"))              # a finished run is only measured once more
+    assert "these steps are done" in capsys.readouterr().out
     assert again["step"] == 8 and same(weights("whole"), weights("parts"))
 
 

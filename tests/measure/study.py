@@ -256,7 +256,9 @@ def table(args):
     methods = [name for name in NAMES if any(method == name for method, _ in scores)]
     stamp = describe(lines)
     short = markdown(scores, [name for name in methods if name not in CONTROLS], [*PROTOCOLS])
-    between_marks(ROOT / "README.md", f"{short}\n\n{stamp}")
+    seeds = ", ".join(sorted({str(line["seed"]) for line in lines}))
+    between_marks(ROOT / "README.md",
+                  f"{short}\n\nTop-1 in %; seeds {seeds}: mean ± half the range.")
     whole = markdown(scores, methods, [*PROTOCOLS, *curve, "minutes"])
     between_marks(ROOT / "tests/measure/results.md", f"{whole}\n\n{stamp}")
     draw_curves(scores, [epoch for epoch in (*CURVE, epochs) if epoch <= epochs], args.image)

@@ -340,11 +340,11 @@ def test_study_scores(in_tmp, monkeypatch):
 
     monkeypatch.setattr(study, "call", parse)
     args = argparse.Namespace(data="photos", workers=3, epochs=30, quick=False, runs=Path("study"),
-                              results=Path("study.jsonl"))
+                              precision="bf16", results=Path("study.jsonl"))
     study.score("untrained", 1, args)
     assert [cfg.protocol for cfg in configs] == ["knn", "linear"] + ["finetune"] * 3
-    assert {(cfg.data, cfg.workers, cfg.seed, cfg.model, cfg.checkpoint) for cfg in configs} == {
-        ("photos", 3, 1, "micro", "none")}
+    assert {(cfg.data, cfg.workers, cfg.seed, cfg.model, cfg.checkpoint, cfg.precision)
+            for cfg in configs} == {("photos", 3, 1, "micro", "none", "bf16")}
     assert [cfg.percent for cfg in configs] == [100, 100, 100, 10, 1]
     assert [cfg.epochs for cfg in configs[1:]] == [50, 2, 5, 50]
     study.score("mae", 1, args)
@@ -361,15 +361,16 @@ def test_study(prepared, monkeypatch):
     shown = {words[2] for words in by_hand if words[1] == "tests/measure/study.py"}
     assert shown == {"run", "table", "jpegs"}
     args = argparse.Namespace(data="photos", workers=0, epochs=30, quick=False, runs=Path("study"),
-                              results=Path("known.jsonl"))
+                              precision="bf16", compile=True, results=Path("known.jsonl"))
     known = {"method": "supervised", "seed": 1, "protocol": "probe", "epoch": 30}
     args.results.write_text(json.dumps(known) + "\n")
     for method in study.METHODS:
         name, flags = study.command(method, 1, args)
         script = importlib.import_module(name.removesuffix(".py"))
         cfg = common.parse_config(script.Config, script.PRESETS, shlex.split(flags))
-        found = (cfg.embed_dim, cfg.epochs, cfg.warmup_epochs, cfg.batch_size, cfg.crop_scale)
-        assert found == (64, 30, 3, 128, 0.5)
+        found = (cfg.embed_dim, cfg.epochs, cfg.warmup_epochs, cfg.batch_size, cfg.crop_scale,
+                 cfg.precision, cfg.compile)
+        assert found == (64, 30, 3, 128, 0.5, "bf16", True)
         if method.startswith("amt"):
             assert (cfg.attention_from, cfg.refresh_every) == (3, 6)
         if method.startswith(("maskdistill", "dtm")):

@@ -175,7 +175,7 @@ def call(script: str, flags: str, output: Path) -> dict:
 
 
 def cpu_seconds() -> float:
-    """What the scripts have taken so far, of all cores: other work on the machine does not count."""
+    """What the scripts have taken so far, on all cores; other work does not count."""
     times = os.times()
     return times.children_user + times.children_system
 

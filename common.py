@@ -707,7 +707,7 @@ def checkpoint_fault(state: dict, run) -> str:
     if len(losses) != step % run.steps_per_epoch or not all(type(x) is float for x in losses):
         return f"{len(losses)} losses of an epoch at step {step % run.steps_per_epoch}"
     wanted = {("model", name): value for name, value in run.model.state_dict().items()}
-    found = {("model", name): value for name, value in state["model"].items()}
+    saved = {("model", name): value for name, value in state["model"].items()}
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
     states = state["optimizer"]["state"]
     names = OPTIMIZER_STATE.get(type(run.optimizer).__name__, states[0])       # else as the first
@@ -716,12 +716,12 @@ def checkpoint_fault(state: dict, run) -> str:
             wanted["optimizer", i, name] = torch.zeros(()) if name == "step" else parameter
     for i, values in states.items():
         for name, value in values.items():
-            found["optimizer", i, name] = value
-    if wanted.keys() != found.keys():
-        return f"other tensors: {sorted(wanted.keys() ^ found.keys(), key=str)[:3]}"
+            saved["optimizer", i, name] = value
+    if wanted.keys() != saved.keys():
+        return f"other tensors: {sorted(wanted.keys() ^ saved.keys(), key=str)[:3]}"
     for key, value in wanted.items():
-        if found[key].shape != value.shape or found[key].dtype != value.dtype:
-            return f"{key} is {found[key].dtype} {list(found[key].shape)}"
+        if saved[key].shape != value.shape or saved[key].dtype != value.dtype:
+            return f"{key} is {saved[key].dtype} {list(saved[key].shape)}"
     return ""
 
 
@@ -955,11 +955,11 @@ class Run:
         return speed
 
     def not_finite(self, what: str, lr: float) -> UserError:
-        kept = f"the last good checkpoint stays in {self.folder}"
+        state = f"the last good checkpoint stays in {self.folder}"
         if self.first_step and not self.saved:
-            kept = f"the checkpoint of step {self.first_step}, with which it began, may be bad too"
-        return UserError(f"{what}, learning rate {lr:.3g}; {kept}. Try a lower --base-lr, a longer "
-                         "--warmup-epochs or --precision fp32, with another --output")
+            state = f"the checkpoint of step {self.first_step}, with which it began, may be bad too"
+        return UserError(f"{what}, learning rate {lr:.3g}; {state}. Try a lower --base-lr, a "
+                         "longer --warmup-epochs or --precision fp32, with another --output")
 
     def write(self, **values):
         """Append a line to metrics.jsonl, and its numbers to TensorBoard's events, if any."""

@@ -594,9 +594,9 @@ def nearest_neighbors(test, train, k: int):
     similarity (n, k) and row numbers (n, k). k may exceed m."""
     test = F.normalize(test.float(), dim=1)
     train = F.normalize(train.float(), dim=1)
-    found = [(query @ train.T).topk(min(k, len(train))) for query in test.split(1000)]
-    similarity = torch.cat([values for values, _ in found])
-    rows = torch.cat([indices for _, indices in found])
+    nearest = [(query @ train.T).topk(min(k, len(train))) for query in test.split(1000)]
+    similarity = torch.cat([values for values, _ in nearest])
+    rows = torch.cat([indices for _, indices in nearest])
     return similarity, rows
 
 

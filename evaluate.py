@@ -508,8 +508,8 @@ def linear(cfg: Config, encoder, device, splits) -> dict:
     steps_per_epoch = common.plan_steps(cfg, len(x))
     name = f"evaluate, encoder {digest(encoder)}"
     run = common.Run(name, cfg, heads, optimizer, steps_per_epoch)
-    common.log(f"{len(RATES)} learning rates at once; the loss is their mean, and the largest may "
-               "diverge, the best is chosen on held-out training images")
+    common.log(f"{len(RATES)} learning rates at once: the loss is their mean (the largest may "
+               "diverge); the best is chosen on held-out training images")
     network = distributed(heads)
     batches = data.BatchSampler(cfg, len(x), run.first_step, run.last_step)    # of rows of x
 
@@ -745,7 +745,9 @@ def accuracy(cfg: Config, encoder, classify, dataset, device) -> dict:
 
 def distributed(model):
     """The model, or with several processes the wrapper that averages gradients over them."""
-    return DistributedDataParallel(model) if common.world_size() > 1 else model
+    if common.world_size() > 1:
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return model
 
 
 def finetune(cfg: Config, encoder, device, splits, about: dict) -> dict:
@@ -1106,8 +1108,8 @@ def save_visualization(cfg: Config, model, dataset: MaskedImages, device, path: 
         prediction = predict_classes(cfg, model, image.unsqueeze(0), mask.shape, dataset.classes,
                                      device)
         rows["image"].append(data.to_device(crop(image), "cpu"))
-        for name, found in (("truth", mask), ("prediction", prediction[0].cpu())):
-            colored = colors[found.long()].permute(2, 0, 1)                    # (3, H, W)
+        for name, labels in (("truth", mask), ("prediction", prediction[0].cpu())):
+            colored = colors[labels.long()].permute(2, 0, 1)                   # (3, H, W)
             rows[name].append(crop((colored - mean) / std))
     data.save_image_grid(path, {name: torch.stack(images) for name, images in rows.items()})
 

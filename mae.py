@@ -60,7 +60,7 @@ class Config(common.RunConfig):
     crop_scale: float = 1.0       # smallest fraction of the area that the random crop keeps; 1: no crop
     batch_size: int = 32          # images in an optimizer step, of all processes and micro-batches
     accumulate: int = 1           # micro-batches in a step: gradient accumulation, to save memory
-    epochs: int = 7               # passes over the data
+    epochs: int = 5               # passes over the data
     warmup_epochs: float = 1.0    # epochs of linear warm-up from 0
     base_lr: float = 0.016        # peak learning rate = base_lr * batch_size / 256
     weight_decay: float = 0.05    # AdamW's, on matrices and tokens only

@@ -399,13 +399,14 @@ def test_study(prepared, monkeypatch):
     monkeypatch.setattr(study, "ROOT", prepared)
     study.main(["table", "--results", "study.jsonl", "--image", "study.png"])
     untrained, early, late, trained = (f"{line['top1']:.1f}" for line in lines)
+    start = f"{lines[2]['linear_untrained']:.1f}"
     for path in ("README.md", "tests/measure/results.md"):
         text = Path(path).read_text()
         assert text.startswith("before\n<!-- study -->\n") and "old" not in text
         assert text.endswith("<!-- /study -->\nafter\n")
         assert f"| untrained | {untrained} |" in text
         assert f"| `mae.py` | {trained} |" in text
-    assert f"| `mae.py` | {trained} | {early} | {late} | 0." in text
+    assert f"| `mae.py` | {trained} | {start} | {early} | {late} | 0." in text
     assert Image.open("study.png").width > 500
 
 

@@ -249,9 +249,13 @@ def table(args):
         column = line["protocol"]
         if column == "probe":
             column = f"epoch {line['epoch']}"
+            if line["epoch"] == line["epochs"]:          # each run says it of its own start
+                before = line["linear_untrained"]
+                scores.setdefault((line["method"], "epoch 0"), []).append(before)
         scores.setdefault((line["method"], column), []).append(line["top1"])
     epochs = lines[0]["epochs"]
-    curve = [f"epoch {epoch}" for epoch in (*CURVE, epochs) if epoch <= epochs]
+    measured = [0, *(epoch for epoch in CURVE if epoch < epochs), epochs]
+    curve = [f"epoch {epoch}" for epoch in measured]
     minutes = {}
     for line in lines:
         if "cpu_seconds" in line:
@@ -268,7 +272,7 @@ def table(args):
                   f"{short}\n\nTop-1 in %; seeds {seeds}: mean ± half the range.")
     whole = markdown(scores, methods, [*PROTOCOLS, *curve, "core-minutes"])
     between_marks(ROOT / "tests/measure/results.md", f"{whole}\n\n{stamp}")
-    draw_curves(scores, [epoch for epoch in (*CURVE, epochs) if epoch <= epochs], args.image)
+    draw_curves(scores, measured, args.image)
 
 
 def markdown(scores: dict, methods: list, columns: list) -> str:
@@ -306,10 +310,10 @@ def between_marks(path: Path, text: str):
 def draw_curves(scores: dict, epochs: list, path: Path):
     """Linear probe against epochs: a line for each method, a bar from the least to the greatest of
     its seeds."""
-    width, height, left, right, top, bottom = 960, 600, 70, 190, 40, 60
+    width, height, left, right, top, bottom = 1920, 1200, 140, 380, 80, 120
     image = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(image)
-    font = ImageFont.load_default(20)
+    font = ImageFont.load_default(40)
     drawn = [value for (method, column), values in scores.items() for value in values
              if column.startswith("epoch") and method in COLORS]
     least = 10 * int(min(drawn) / 10)
@@ -322,13 +326,13 @@ def draw_curves(scores: dict, epochs: list, path: Path):
 
     for percent in range(least, most + 1, 10):
         x, y = point(0, percent)
-        pen.line((x, y, width - right, y), "#dddddd")
-        pen.text((left - 10, y), str(percent), "black", font, anchor="rm")
+        pen.line((x, y, width - right, y), "#dddddd", 2)
+        pen.text((left - 20, y), str(percent), "black", font, anchor="rm")
     for epoch in epochs:
         x, y = point(epoch, least)
-        pen.text((x, y + 8), str(epoch), "black", font, anchor="ma")
-    pen.text((left, 8), "linear probe, top-1 in %", "black", font)
-    pen.text((width - right, height - 8), "epochs", "black", font, anchor="rs")
+        pen.text((x, y + 16), str(epoch), "black", font, anchor="ma")
+    pen.text((left, 16), "linear probe, top-1 in %", "black", font)
+    pen.text((width - right, height - 16), "epochs", "black", font, anchor="rs")
     names = []
     for method, color in COLORS.items():
         points = []
@@ -336,15 +340,17 @@ def draw_curves(scores: dict, epochs: list, path: Path):
             values = scores.get((method, f"epoch {epoch}"), [])
             if values:
                 points.append(point(epoch, statistics.mean(values)))
-                pen.line((*point(epoch, min(values)), *point(epoch, max(values))), color, 2)
-        pen.line(points, color, 3)
+                pen.line((*point(epoch, min(values)), *point(epoch, max(values))), color, 4)
+        pen.line(points, color, 6)
+        for x, y in points:
+            pen.circle((x, y), 8, color)
         if points:
             names.append([points[-1][1], method, color])
     lowest = -font.size
     for y, method, color in sorted(names):               # names that would overlap move down
-        lowest = max(y, lowest + font.size + 2)
-        pen.text((width - right + 10, lowest), method, color, font, anchor="lm")
-    image.save(path)
+        lowest = max(y, lowest + font.size + 4)
+        pen.text((width - right + 20, lowest), method, color, font, anchor="lm")
+    image.reduce(2).save(path)                           # smooths the lines
 
 
 def main(argv=None):

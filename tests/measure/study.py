@@ -267,9 +267,7 @@ def table(args):
     methods = [name for name in NAMES if any(method == name for method, _ in scores)]
     stamp = describe(lines)
     short = markdown(scores, [name for name in methods if name not in CONTROLS], [*PROTOCOLS])
-    seeds = ", ".join(sorted({str(line["seed"]) for line in lines}))
-    between_marks(ROOT / "README.md",
-                  f"{short}\n\nTop-1 in %; seeds {seeds}: mean ± half the range.")
+    between_marks(ROOT / "README.md", f"{short}\n\nTop-1 in %; {describe_seeds(lines)}.")
     whole = markdown(scores, methods, [*PROTOCOLS, *curve, "core-minutes"])
     between_marks(ROOT / "tests/measure/results.md", f"{whole}\n\n{stamp}")
     draw_curves(scores, measured, args.image)
@@ -294,9 +292,16 @@ def describe(lines: list) -> str:
     def all_of(key):
         return ", ".join(sorted({str(line[key]) for line in lines}))
 
-    return (f"Top-1 in %; {all_of('data')}, {all_of('epochs')} epochs, seeds {all_of('seed')} "
-            f"(mean ± half the range); {all_of('machine')}, {all_of('precision')}, torch "
-            f"{all_of('torch')}, commit {all_of('commit')}, {all_of('date')}.")
+    return (f"Top-1 in %; {describe_seeds(lines)}; {all_of('data')}, {all_of('epochs')} epochs; "
+            f"{all_of('machine')}, {all_of('precision')}, torch {all_of('torch')}, commit "
+            f"{all_of('commit')}, {all_of('date')}.")
+
+
+def describe_seeds(lines: list) -> str:
+    seeds = sorted({line["seed"] for line in lines})
+    if len(seeds) == 1:
+        return f"seed {seeds[0]}"
+    return f"seeds {', '.join(map(str, seeds))}: mean ± half the range"
 
 
 def between_marks(path: Path, text: str):

@@ -560,7 +560,8 @@ def features(encode, dataset: ImageDataset, size: int, device, batch_size: int =
     transform: image -> image, in place of the center crop. rows: which images (numbers); else at
     most `limit` of them, evenly spread (0: all). Each process encodes a share and all get all of
     them: features fp32 (n, D), labels (n,) on the device, in order, less the unreadable images.
-    Small batches suit a CPU: the micro encoder is 1.5 times as fast with 125 as with 500."""
+    Small batches suit a CPU: the micro encoder is 1.5 times as fast with 125 images as with 500
+    (tests/measure/benchmark.md)."""
     if rows is None:
         count = min(limit or len(dataset), len(dataset))
         rows = np.linspace(0, len(dataset) - 1, count).round().astype(int)

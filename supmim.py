@@ -59,7 +59,7 @@ import data
 @dataclass
 class Config(common.RunConfig):
     model: Literal["micro", "tiny", "small", "base", "large", "huge"] = "micro"  # size of the encoder, see SIZES
-    image_size: int = 32          # side of the square input in pixels
+    image_size: int = 24          # side of the square input in pixels
     patch_size: int = 4           # side of a patch in pixels
     decoder_embed_dim: int = 32   # width E of the decoder
     decoder_depth: int = 1        # blocks of the decoder
@@ -80,11 +80,11 @@ class Config(common.RunConfig):
     drop_path: float = 0.0        # probability to drop a branch of the last block; 0 at the first, linear between
     batch_size: int = 32          # images in an optimizer step, of all processes and micro-batches
     accumulate: int = 1           # micro-batches in a step: gradient accumulation, to save memory
-    epochs: int = 140             # passes over the data
+    epochs: int = 120             # passes over the data
     warmup_epochs: float = 4.0    # epochs of linear warm-up from 0
     base_lr: float = 0.012        # peak learning rate = base_lr * batch_size / 256
     weight_decay: float = 0.05    # AdamW's, on matrices and tokens only
-    eval_every: int = 35          # epochs between scores of the test images, besides those at the end
+    eval_every: int = 30          # epochs between scores of the test images, besides those at the end
 
     def __post_init__(self):
         self.output = self.output or common.default_output("supmim", self.data)

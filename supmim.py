@@ -29,9 +29,9 @@ Differences from mae.py: `classify`, the classifier's pass, on all or a few labe
 supervised training, and with the same other flags it draws the same random numbers.
 
     python supmim.py                                  # synthetic shapes, 320 labels, no download:
-        classifier's top-1, mean of seeds 0 to 4: 46.9 % (41.5 to 51.6)
+        classifier's top-1, mean of seeds 0 to 4: 45.6 % (44.4 to 47.4)
     python supmim.py --mim-weight 0                   # the supervised baseline:
-        34.3 % (29.6 to 41.1); with more labels it catches up (tests/measure/results.md)
+        38.0 % (34.2 to 41.9); with more labels it catches up (tests/measure/results.md)
     python supmim.py --target kmeans                  # codes in place of pixels
     torchrun --nproc_per_node=8 supmim.py --data imagenet --data-root /where/imagenet/is
 

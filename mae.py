@@ -415,8 +415,8 @@ def train(cfg: Config) -> dict:
                 "untrained": data.mean_patch_token(build(cfg).to(device))}
     metrics = run.finish(data.score_encoders(encoders, splits, cfg, device))
     share = encoder_flops(model, visible) / encoder_flops(model, patches)
-    common.log(f"the encoder saw {visible} of {patches} patches, for {100 * share:.0f} % of the "
-               "multiplications that all would take")
+    common.log(f"the encoder saw {visible} of {patches} patches: {100 * share:.0f} % of the "
+               "multiplications that all of them take")
     common.log(f"try next: python evaluate.py linear --checkpoint {run.folder}/checkpoint.pt "
                f"--data {cfg.data}")
     return metrics

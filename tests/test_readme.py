@@ -406,7 +406,7 @@ def test_study(prepared, monkeypatch):
         assert text.endswith("<!-- /study -->\nafter\n")
         assert f"| untrained | {untrained} |" in text
         assert f"| `mae.py` | {trained} |" in text
-    assert f"| `mae.py` | {trained} | {start} | {early} | {late} | 0." in text
+    assert f"| `mae.py` | {trained} | {start} | {early} | {late} |\n" in text
     assert "\n\nTop-1 in %; seed 0.\n" in Path("README.md").read_text()
     assert Image.open("study.png").width > 500
     with open("study.jsonl", "a") as file:

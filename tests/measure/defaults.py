@@ -33,8 +33,8 @@ CONTROLS = {                                             # what the method's ide
 }
 COLUMNS = {                                              # of the table: a score of the lines
     "linear": "linear_trained",
-    "untrained": "linear_untrained",
-    "teacher": "linear_teacher",
+    "linear, untrained": "linear_untrained",
+    "linear, teacher": "linear_teacher",
     "k-NN": "knn_trained",
     "k-NN, untrained": "knn_untrained",
     "top-1": "top1",

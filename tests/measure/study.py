@@ -21,7 +21,6 @@ labels. So all but MAE and AMT owe something to the labels of the training image
 import argparse
 import datetime
 import json
-import os
 import platform
 import shlex
 import statistics
@@ -60,12 +59,12 @@ NAMES = {                                                # of the rows, in the o
     "mae": "`mae.py`",
     "amt": "`amt.py`",
     "amt-control": "`amt.py --sampling uniform`",
-    "maskdistill": "`maskdistill.py`",
-    "dtm": "`dtm.py`",
-    "dtm-control": "`dtm.py --morphs 0`",
+    "maskdistill": "`maskdistill.py` (teacher: labels)",
+    "dtm": "`dtm.py` (teacher: labels)",
+    "dtm-control": "`dtm.py --morphs 0` (teacher: labels)",
     "flip": "`flip.py` (labels)",
     "supmim": "`supmim.py` (labels)",
-    "supervised": "`supmim.py --mim-weight 0` (labels)",
+    "supervised": "supervised, `supmim.py --mim-weight 0` (labels)",
 }
 CONTROLS = ("amt-control", "dtm-control")                # not in the README's table
 TUNE = ("--batch-size 64 --base-lr 8e-3 --mixup 0 --cutmix 0 --randaugment 0 --erasing 0 "
@@ -110,14 +109,12 @@ def train(method: str, seed: int, images: int, args):
         if is_known(args, method=method, seed=seed, protocol="probe", epoch=epoch):
             continue
         steps = epoch * (images // batch_size)
-        started = cpu_seconds()
         metrics = call(script, f"{flags} --max-steps {steps}", output)
         kept = ("linear_untrained", "linear_teacher", "knn_trained")
         details = {name: metrics[name] for name in kept if name in metrics}
         own = metrics.get("top1", metrics.get("zero_shot"))
         if own is not None:                              # what the method itself classifies with
             details["own"] = own
-        details["cpu_seconds"] = round(cpu_seconds() - started)
         write(args, method, seed, "probe", epoch, metrics["linear_trained"], **details)
 
 
@@ -172,12 +169,6 @@ def call(script: str, flags: str, output: Path) -> dict:
     if status:
         raise SystemExit(f"{' '.join(words)} failed, see {output}/log.txt")
     return json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
-
-
-def cpu_seconds() -> float:
-    """What the scripts have taken so far, on all cores; other work does not count."""
-    times = os.times()
-    return times.children_user + times.children_system
 
 
 def read(path: Path) -> list[dict]:
@@ -241,8 +232,7 @@ def draw_images(folder: Path) -> Path:
 # ----------------------------------------------------------------------------------------- table
 def table(args):
     """Between the marks of README.md and results.md: a row for each method, mean ± half the range
-    of the seeds; in results.md also the controls, the curve and the minutes of one core that
-    training took."""
+    of the seeds; in results.md also the controls and the curve."""
     lines = read(args.results)
     scores = {}                                          # (method, column) -> one of each seed
     for line in lines:
@@ -256,19 +246,12 @@ def table(args):
     epochs = lines[0]["epochs"]
     measured = [0, *(epoch for epoch in CURVE if epoch < epochs), epochs]
     curve = [f"epoch {epoch}" for epoch in measured]
-    minutes = {}
-    for line in lines:
-        if "cpu_seconds" in line:
-            key = (line["method"], line["seed"])
-            minutes[key] = minutes.get(key, 0) + line["cpu_seconds"] / 60
-    for (method, _), value in minutes.items():
-        scores.setdefault((method, "core-minutes"), []).append(value)
 
     methods = [name for name in NAMES if any(method == name for method, _ in scores)]
     stamp = describe(lines)
     short = markdown(scores, [name for name in methods if name not in CONTROLS], [*PROTOCOLS])
     between_marks(ROOT / "README.md", f"{short}\n\nTop-1 in %; {describe_seeds(lines)}.")
-    whole = markdown(scores, methods, [*PROTOCOLS, *curve, "core-minutes"])
+    whole = markdown(scores, methods, [*PROTOCOLS, *curve])
     between_marks(ROOT / "tests/measure/results.md", f"{whole}\n\n{stamp}")
     draw_curves(scores, measured, args.image)
 

@@ -676,14 +676,15 @@ def score_encoders(encoders: dict, splits: Splits, cfg, device) -> dict:
     """Score {name: images -> features (B, D)} on the test set, where there are labels:
     knn_NAME and linear_NAME in percent, and how many images could not be read.
 
-    k-NN (k = 20) has at most 50 voters a class and 20,000 in all, the linear probe at most 20,000
-    training images, evenly spread."""
+    Training images are taken evenly spread: for the linear probe 500 times the number of classes,
+    at most 20,000; of these at most 50 a class vote in the k-NN (k = 20), at most 20,000 in all."""
     scores = {}
     if splits.test is not None:
         classes = len(splits.classes)
+        limit = min(20_000, 500 * classes)
         options = {"size": cfg.image_size, "device": device, "workers": cfg.workers}
         for name, encode in encoders.items():
-            train, labels = features(encode, splits.train, limit=20_000, **options)
+            train, labels = features(encode, splits.train, limit=limit, **options)
             test, test_labels = features(encode, splits.test, **options)
             per_class = min(50, max(1, 20_000 // classes))
             rows = [(labels == label).nonzero()[:per_class, 0] for label in range(classes)]
@@ -763,9 +764,7 @@ BACKGROUNDS = {                                          # (x, y, frequency, pha
     "stripes": lambda x, y, frequency, phase: np.sin(1.5 * frequency * x + phase),
     "blobs": lambda x, y, frequency, phase: (np.sin(frequency * x + phase)
                                              * np.sin(frequency * y + 2 * phase))}
-CAPTIONS = ("{a} {color} {shape}", "a picture of {a} {color} {shape}", "this {shape} is {color}",
-            "here is {a} {color} {shape}", "a {shape} drawn in {color}",
-            "the {shape} has the colour {color}")
+CAPTIONS = ("{color} {shape}", "{a} {color} {shape}", "the {color} {shape}", "{shape} in {color}")
 # Color-shape pairs that a caption task never trains on. Each of these colors is left out with two
 # shapes and each shape with at most two colors, so knowing the color does not tell the pair.
 HELD_OUT = [(color, (color + step) % 8) for color in range(6) for step in (0, 4)]

@@ -836,7 +836,7 @@ def learn_labels(vit: VisionTransformer, cfg: Config, splits, run, device):
 
 
 def train_classifier(vit, dataset, classes: int, cfg: Config, device,
-                     epochs=6, batch_size=64, peak_lr=0.004):
+                     epochs=3, batch_size=64, peak_lr=0.004):
     """Cross-entropy of a linear layer on the mean of the patch tokens; the layer is thrown away."""
     batches = []
     for epoch in range(epochs):

@@ -87,8 +87,8 @@ class Config(common.RunConfig):
 
     model: Literal["micro", "tiny", "small", "base", "large", "huge"] = "micro"  # size of both towers, see SIZES
     init: str = ""                # checkpoint of this script whose weights to start from
-    image_size: int = 32          # side of the square input in pixels
-    patch_size: int = 4           # side of a patch in pixels
+    image_size: int = 30          # side of the square input in pixels
+    patch_size: int = 5           # side of a patch in pixels
     tokenizer: str = ""           # tokenizer.json in Hugging Face's format; empty: UTF-8 bytes
     text_length: int | None = None  # ids of a caption T; None: 32 with a tokenizer, 77 bytes
 
@@ -97,7 +97,7 @@ class Config(common.RunConfig):
     crop_scale: float = 1.0       # smallest fraction of the area that the random crop keeps; 1: no crop
     batch_size: int = 64          # pairs in an optimizer step, of all processes and micro-batches
     accumulate: int = 1           # micro-batches in a step, to save memory: each pair is embedded twice
-    epochs: int = 11              # passes over the data
+    epochs: int = 9               # passes over the data
     epoch_pairs: int = 0          # tar shards: how many pairs are called an epoch
     warmup_epochs: float = 1.0    # epochs of linear warm-up from 0
     base_lr: float = 0.004        # peak learning rate = base_lr * batch_size / 256
@@ -136,8 +136,8 @@ PAPER = dict(image_size=224, patch_size=16, mask_ratio=0.5, weight_decay=0.2,   
 SMALL = PAPER | dict(model="tiny", batch_size=1024, epochs=100, warmup_epochs=5, base_lr=2.5e-4,
                      workers=8)                                                             # ours
 PRESETS = {
-    "shapes": dict(text_length=36),                                      # the defaults above; ours
-    "shapes-tune": dict(text_length=36, mask_ratio=0.0, epochs=1, warmup_epochs=0.2,
+    "shapes": dict(text_length=21),                                      # the defaults above; ours
+    "shapes-tune": dict(text_length=21, mask_ratio=0.0, epochs=1, warmup_epochs=0.2,
                         base_lr=8e-4),                                                      # ours
     "cifar10": SMALL | dict(image_size=32, patch_size=4),                                   # ours
     "cifar100": SMALL | dict(image_size=32, patch_size=4),                                  # ours

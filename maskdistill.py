@@ -88,7 +88,7 @@ class Config(common.RunConfig):
     color_jitter: float = 0.0     # strength of the random changes of brightness, contrast, saturation
     batch_size: int = 32          # images in an optimizer step, of all processes and micro-batches
     accumulate: int = 1           # micro-batches in a step: gradient accumulation, to save memory
-    epochs: int = 10              # passes over the data
+    epochs: int = 7               # passes over the data
     warmup_epochs: float = 1.0    # epochs of linear warm-up from 0
     base_lr: float = 0.012        # peak learning rate = base_lr * batch_size / 256
     weight_decay: float = 0.05    # AdamW's, on matrices and the mask token only
@@ -839,7 +839,7 @@ def learn_labels(vit: VisionTransformer, cfg: Config, splits, run, device):
 
 
 def train_classifier(vit, dataset, classes: int, cfg: Config, device,
-                     epochs=6, batch_size=64, peak_lr=0.004):
+                     epochs=3, batch_size=64, peak_lr=0.004):
     """Cross-entropy of a linear layer on the mean of the patch tokens; the layer is thrown away."""
     batches = []
     for epoch in range(epochs):

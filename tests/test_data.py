@@ -705,7 +705,7 @@ def test_linear_probe_chooses_the_penalty_on_a_tenth():
 
 
 def test_score_encoders_takes_so_many_images(monkeypatch):
-    """50 voters a class, but 20,000 in all; 20,000 images for the probe."""
+    """50 voters a class, but 20,000 in all; 500 images a class for the probe, but 20,000 in all."""
     met = {}
 
     def knn(train, labels, *rest):
@@ -729,6 +729,8 @@ def test_score_encoders_takes_so_many_images(monkeypatch):
 
     assert scores(900, 3) == {"knn_a": 1.0, "linear_a": 3.0, "unreadable": 0}
     assert np.bincount(met["voters"]).tolist() == [50] * 3 and met["probe"] == 900
+    scores(1700, 3)
+    assert met["probe"] == 1500
     scores(21_000, 1000)
     assert met["probe"] == 20_000 and max(np.bincount(met["voters"])) <= 20
 

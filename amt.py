@@ -71,7 +71,7 @@ import data
 class Config(common.RunConfig):
     model: Literal["micro", "tiny", "small", "base", "large", "huge"] = "micro"  # size of the encoder, see SIZES
     init: str = ""                # MAE weights to start from: a released file or a checkpoint of ours
-    image_size: int = 24          # side of the square input in pixels
+    image_size: int = 28          # side of the square input in pixels
     patch_size: int = 4           # side of a patch in pixels
     decoder_embed_dim: int = 32   # mae: width E of the decoder
     decoder_depth: int = 1        # mae: blocks of the decoder
@@ -79,7 +79,7 @@ class Config(common.RunConfig):
 
     base: Literal["mae", "simmim"] = "mae"  # the method whose masks the attention chooses
     sampling: Literal["attention", "uniform"] = "attention"  # of masked and thrown patches; uniform: the control
-    attention_from: int = 6       # first epoch (from 0) with sampling and ratios; before: random masks, none thrown
+    attention_from: int = 4       # first epoch (from 0) with sampling and ratios; before: random masks, none thrown
     refresh_every: int = 3        # epochs between new maps, the first at attention_from
     mask_ratio: float | None = None  # fraction of the patches that is masked; None: the base's
     throw_ratio: float | None = None  # fraction of the patches that is thrown; None: the base's
@@ -89,7 +89,7 @@ class Config(common.RunConfig):
     crop_scale: float = 1.0       # smallest fraction of the area that the random crop keeps; 1: no crop
     batch_size: int = 32          # images in an optimizer step, of all processes and micro-batches
     accumulate: int = 1           # micro-batches in a step: gradient accumulation, to save memory
-    epochs: int = 8               # passes over the data
+    epochs: int = 6               # passes over the data
     warmup_epochs: float = 1.0    # epochs of linear warm-up from 0
     base_lr: float = 0.016        # peak learning rate = base_lr * batch_size / 256
     weight_decay: float = 0.05    # AdamW's, on matrices and tokens only

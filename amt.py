@@ -83,7 +83,7 @@ class Config(common.RunConfig):
     refresh_every: int = 3        # epochs between new maps, the first at attention_from
     mask_ratio: float | None = None  # fraction of the patches that is masked; None: the base's
     throw_ratio: float | None = None  # fraction of the patches that is thrown; None: the base's
-    mask_unit: int = 8            # simmim: side in pixels of the squares that are masked
+    mask_unit: int = 4            # simmim: side in pixels of the squares that are masked
     norm_pix: bool = True         # mae: target: pixels normalised within their patch; no: raw pixels
 
     crop_scale: float = 1.0       # smallest fraction of the area that the random crop keeps; 1: no crop

@@ -4,7 +4,7 @@
     python tests/measure/study.py run --data cifar10-jpg      # goes on where it stopped
     python tests/measure/study.py table                       # tables, and the figure
 
-run     trains each method, the supervised baseline and two controls. Training pauses after the
+run     trains each method, the supervised baseline and three controls. Training pauses after the
         epochs of CURVE for a linear probe, and at the end evaluate.py scores the encoder: k-NN,
         linear, fine-tuning on all, 10 % and 1 % of the labels. Each score is a line of --results;
         what is there is not run again, and a training that was cut short resumes. Two at once may
@@ -53,6 +53,7 @@ METHODS = {                                              # script, and flags bes
     "supmim": f"supmim.py --mim-weight 5 {LABELS}",
     "dtm-control": f"dtm.py --morphs 0 {STUDENT}",
     "amt-control": f"amt.py --sampling uniform {MASK_MORE}",
+    "flip-control": "flip.py --mask-ratio 0 --base-lr 4e-3",
 }
 NAMES = {                                                # of the rows, in the order of the tables
     "untrained": "untrained",
@@ -63,10 +64,11 @@ NAMES = {                                                # of the rows, in the o
     "dtm": "`dtm.py` (teacher: labels)",
     "dtm-control": "`dtm.py --morphs 0` (teacher: labels)",
     "flip": "`flip.py` (labels)",
+    "flip-control": "`flip.py --mask-ratio 0` (labels)",
     "supmim": "`supmim.py` (labels)",
     "supervised": "supervised, `supmim.py --mim-weight 0` (labels)",
 }
-CONTROLS = ("amt-control", "dtm-control")                # not in the README's table
+CONTROLS = ("amt-control", "dtm-control", "flip-control")     # not in the README's table
 TUNE = ("--batch-size 64 --base-lr 8e-3 --mixup 0 --cutmix 0 --randaugment 0 --erasing 0 "
         "--drop-path 0 --eval-every 1000")
 PROTOCOLS = {                                            # flags of evaluate.py, and epochs

@@ -611,8 +611,8 @@ with common.command_line():
 def test_a_short_run_learns(in_tmp, fewer_shapes):
     """The loss falls, the first maps find the objects (lift of seeds 0 and 1: 2.4 and 2.5), and
     evaluate.py reads the checkpoint."""
-    metrics = amt.main(["--epochs=2", "--attention-from=1", "--base-lr=0.016", "--patch-size=8",
-                        "--max-steps=150"])
+    metrics = amt.main(["--epochs=2", "--attention-from=1", "--base-lr=0.016",
+                        "--image-size=32", "--patch-size=8", "--max-steps=150"])
     log = lines("runs/amt-shapes")
     lift = [line["map_lift"] for line in log if "map_lift" in line]
     losses = [line["epoch_loss"] for line in log if "epoch" in line]

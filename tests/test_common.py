@@ -139,7 +139,7 @@ def test_flag_over_preset_over_default():
     (["--image-size", "10000000"], "image_size is 10000000"), (["--image-size", "-32"], "from 1"),
     (["--seed", str(2 ** 64)], "seed"), (["--crop-scale", "0"], "crop_scale"),
     (["--crop-scale", "2"], "crop_scale"), (["--mask-ratio", "nan"], "mask_ratio is nan"),
-    (["--warmup-epochs", "5"], "less than epochs, 5"), (["--epochs", "0"], "epochs is 0")])
+    (["--warmup-epochs", "6"], "less than epochs, 6"), (["--epochs", "0"], "epochs is 0")])
 def test_wrong_flags(argv, match):
     with pytest.raises(common.UserError, match=match):
         parse(*argv)

@@ -1431,7 +1431,7 @@ def test_two_processes_score_what_one_does(photos, monkeypatch):      # noqa: F8
     (["finetune", "--randaugment=11"], "from 0 to 10"),
     (["finetune", "--eval", "--data=photos"], "no classifier of 2 classes"),
     (["knn", "--image-size=0"], "image_size is 0"),
-    (["knn", "--patch-size=5"], "patch_size 5 does not divide image_size 32"),
+    (["knn", "--patch-size=5"], "patch_size 5 does not divide image_size 28"),
     (["linear", "--epochs=5", "--warmup-epochs=5"], "less than epochs"),
     (["linear", "--output=/proc/x", "--data=photos"], "/proc/x")])
 def test_a_users_mistake_is_one_line(photos, capfd, argv, words):    # noqa: F811

@@ -402,7 +402,7 @@ def test_score_by_hand():
     prompts = [["the 0", "a 0"], ["the 1"], ["the 2"]]
     nothing = data.Splits(None, None, None, [])
     source = flip.Source(nothing, retrieval, labelled, prompts, held_out)
-    cfg = Config(image_size=16)
+    cfg = Config(image_size=16, patch_size=4)
     scores = flip.score(KnownTowers(), source, cfg, tokenizer, torch.device("cpu"))
     assert scores == pytest.approx({
         "zero_shot": 60, "zero_shot_top5": 100,
@@ -421,7 +421,7 @@ def test_untrained_is_about_chance():
 
 
 # ------------------------------------------------------------------------------------- whole runs
-TINY = dict(data="photos", image_size=16, text_length=30, batch_size=10, epochs=2,
+TINY = dict(data="photos", image_size=16, patch_size=4, text_length=30, batch_size=10, epochs=2,
             warmup_epochs=0.5)                           # 40 photos: 4 steps an epoch, 8 in all
 TINY_SIZES = (16, 1, 2, 16, 1, 2, 8)
 

@@ -26,7 +26,8 @@ from conftest import ROOT
 from flip import Config, Shards, Tokenizer
 from test_train import checkpoint, close, photos, weights  # noqa: F401, photos is a fixture
 
-TINY = dict(image_size=16, text_length=12, batch_size=10, epochs=2, warmup_epochs=0.5)
+TINY = dict(image_size=16, patch_size=4, text_length=12, batch_size=10, epochs=2,
+            warmup_epochs=0.5)
 TINY_SIZES = (16, 1, 2, 16, 1, 2, 8)
 
 

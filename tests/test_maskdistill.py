@@ -1,5 +1,6 @@
 """maskdistill.py against published figures, hand-made references and invariants; whole runs."""
 
+import functools
 import hashlib
 import math
 import os
@@ -201,7 +202,7 @@ def test_checkpoints_of_ours_and_timms_files_are_teachers(photos, unscored, monk
     cfg = mae.Config(**SHORT, image_size=16, patch_size=4, output="mae")
     mae.train(cfg)
     maskdistill.train(tiny(output="ours", max_steps=1))
-    pairs = flip.build(flip.Config(data="photos", image_size=16))
+    pairs = flip.build(flip.Config(data="photos", image_size=16, patch_size=4))
     pairs_config = dict(num_heads=pairs.blocks[0].attn.num_heads)
     torch.save({"model": pairs.state_dict(), "config": pairs_config}, "flip.pt")
     encoders = {"dino.pth": plain, "flip.pt": pairs, "mae/checkpoint.pt": mae.build(cfg),
@@ -743,7 +744,7 @@ def crops(indices, epoch, color_jitter):
     return torch.stack(images), torch.tensor(labels)
 
 
-def labels_by_hand(vit, batch_size=64, epochs=6):
+def labels_by_hand(vit, batch_size=64, epochs=3):
     """The training of --teacher self: AdamW with torch's betas, all parameters decayed."""
     torch.manual_seed(3)
     head = nn.Linear(64, 2)
@@ -1056,8 +1057,10 @@ def test_evaluation_of_a_student(photos, unscored):
 
 
 def test_student_learns_from_a_teacher_that_knows(in_tmp, fewer_shapes, monkeypatch):
-    """`python maskdistill.py` on fewer images: the teacher learns the labels, the student some of
-    them from it. (By how much is of seeds 0, 1 and 2.)"""
+    """`python maskdistill.py` on fewer images, its teacher on twice the epochs: it learns the
+    labels, the student some of them from it. (By how much is of seeds 0, 1 and 2.)"""
+    longer = functools.partial(maskdistill.train_classifier, epochs=6)
+    monkeypatch.setattr(maskdistill, "train_classifier", longer)
     monkeypatch.setitem(maskdistill.SIZES, "micro", MICRO)
     monkeypatch.setattr(common, "LOG_EVERY", 50)
     metrics = maskdistill.main(["--epochs=3"])

@@ -128,7 +128,7 @@ def test_a_short_run_learns(in_tmp, fewer_shapes):
     """`python mae.py` with fewer images, larger patches and fewer epochs; the figures of the whole
     run in mae.py's docstring are measured by hand. The loss falls, the encoder learns (seeds 0 to
     2: 14 to 17 points above the untrained one), and the files are all there."""
-    metrics = mae.main(["--patch-size=8", "--epochs=4"])
+    metrics = mae.main(["--image-size=32", "--patch-size=8", "--epochs=4"])
     log = lines("runs/mae-shapes")
     losses = [line["epoch_loss"] for line in log if "epoch" in line]
     assert log[0]["loss"] > 0.9 and losses[0] < 0.95 and losses[3] < 0.72 and len(losses) == 4

@@ -28,8 +28,8 @@ caption, E shared width. Differences from mae.py: no decoder; a text tower; imag
 negatives from all processes.
 
     python flip.py                                    # synthetic shapes, no download:
-        zero-shot, 64 classes, 2000 images, chance 1.6 %: top-1 58.4 %, top-5 97.6 %,
-        seen 63.3 %, held out 36.6 %      (seeds 0 to 4: seen 60.0 to 69.0, held out 24.7 to 40.7)
+        zero-shot, 64 classes, 2000 images, chance 1.6 %: top-1 51.0 %, top-5 99.3 %,
+        seen 57.0 %, held out 24.7 %      (seeds 0 to 4: seen 57.0 to 63.6, held out 18.2 to 27.6)
     python flip.py --preset shapes-tune --init runs/flip-shapes/checkpoint.pt   # with whole images
     python flip.py --zero-shot runs/flip-shapes/checkpoint.pt
     python flip.py --data pairs.csv --model small     # your own images and captions

@@ -136,7 +136,7 @@ PAPER = dict(image_size=224, patch_size=16, mask_ratio=0.5, weight_decay=0.2,   
 SMALL = PAPER | dict(model="tiny", batch_size=1024, epochs=100, warmup_epochs=5, base_lr=2.5e-4,
                      workers=8)                                                             # ours
 PRESETS = {
-    "shapes": dict(text_length=21),                                      # the defaults above; ours
+    "shapes": dict(text_length=21),      # the longest caption's; else the defaults above; ours
     "shapes-tune": dict(text_length=21, mask_ratio=0.0, epochs=1, warmup_epochs=0.2,
                         base_lr=8e-4),                                                      # ours
     "cifar10": SMALL | dict(image_size=32, patch_size=4),                                   # ours

@@ -54,6 +54,8 @@ FAULTS = {
         ("the bad checkpoint is called good", "if self.first_step and not self.saved:", "if False:", f"{TRAIN} finite"),
     ],
     "data.py": [
+        ("the quick probe takes 20,000 images of few classes", "limit = min(20_000, 500 * classes)", "limit = 20_000",
+         f"{DATA} so_many"),
         ("crops do not depend on the epoch", "torch.default_generator.manual_seed(common.derive_seed(self.seed, epoch, index))",
          "torch.default_generator.manual_seed(common.derive_seed(self.seed, 0, index))", f"{DATA} crops"),
         ("crops do not depend on the seed", "torch.default_generator.manual_seed(common.derive_seed(self.seed, epoch, index))",

@@ -86,11 +86,11 @@ class Config(common.RunConfig):
 
     crop_scale: float = 1.0       # smallest fraction of the area that the random crop keeps; 1: no crop
     color_jitter: float = 0.0     # strength of the random changes of brightness, contrast, saturation
-    batch_size: int = 32          # images in an optimizer step, of all processes and micro-batches
+    batch_size: int = 64          # images in an optimizer step, of all processes and micro-batches
     accumulate: int = 1           # micro-batches in a step: gradient accumulation, to save memory
-    epochs: int = 7               # passes over the data
+    epochs: int = 8               # passes over the data
     warmup_epochs: float = 1.0    # epochs of linear warm-up from 0
-    base_lr: float = 0.012        # peak learning rate = base_lr * batch_size / 256
+    base_lr: float = 0.008        # peak learning rate = base_lr * batch_size / 256
     weight_decay: float = 0.05    # AdamW's, on matrices and the mask token only
     clip_grad: float = 3.0        # largest norm of the gradient
 

@@ -559,7 +559,8 @@ def train(cfg: Config) -> dict:
         optimizer.zero_grad()
         if (step + 1) % steps_per_epoch == 0:
             log_losses(run, step + 1, losses)
-        if run.end_step(step, step_loss, lr, score) and writes_image:
+        run.end_step(step, step_loss, lr, score)
+        if run.scores and writes_image:                  # an image whenever it is scored
             save_visualization(model, samples, sample_noise, centers,
                                run.folder / "reconstruction.png")
 

@@ -90,7 +90,7 @@ class Config(common.RunConfig):
     accumulate: int = 1           # micro-batches in a step: gradient accumulation, to save memory
     epochs: int = 8               # passes over the data
     warmup_epochs: float = 1.0    # epochs of linear warm-up from 0
-    base_lr: float = 0.008        # peak learning rate = base_lr * batch_size / 256
+    base_lr: float = 0.01         # peak learning rate = base_lr * batch_size / 256
     weight_decay: float = 0.05    # AdamW's, on matrices and the mask token only
     clip_grad: float = 3.0        # largest norm of the gradient
 

@@ -81,14 +81,14 @@ class Config(common.RunConfig):
     beta: float = 1.0             # smooth_l1: quadratic below, linear above
     momentum: float = 0.999       # momentum: what the average of the student keeps of itself in a step
     masking: Literal["block", "random"] = "block"  # mask rectangles, or patches one by one
-    mask_ratio: float = 0.4       # fraction of the patches that is masked
+    mask_ratio: float = 0.3       # fraction of the patches that is masked
     min_block: int = 2            # block: smallest area of a rectangle, in patches
 
     crop_scale: float = 1.0       # smallest fraction of the area that the random crop keeps; 1: no crop
     color_jitter: float = 0.0     # strength of the random changes of brightness, contrast, saturation
     batch_size: int = 64          # images in an optimizer step, of all processes and micro-batches
     accumulate: int = 1           # micro-batches in a step: gradient accumulation, to save memory
-    epochs: int = 8               # passes over the data
+    epochs: int = 7               # passes over the data
     warmup_epochs: float = 1.0    # epochs of linear warm-up from 0
     base_lr: float = 0.01         # peak learning rate = base_lr * batch_size / 256
     weight_decay: float = 0.05    # AdamW's, on matrices and the mask token only

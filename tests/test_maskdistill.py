@@ -1029,7 +1029,7 @@ with common.command_line():
     (["--teacher=nothing.pt"], "no file nothing.pt"),
     (["--teacher=photos/train/a/00.png"], "no file of weights"),
     (["--mask-ratio=1"], "mask_ratio 1.0 leaves nothing to see of 16 patches"),
-    (["--min-block=7"], "min_block 7 is more than the 6 masked"),
+    (["--min-block=7"], "min_block 7 is more than the 4 masked"),
     (["--teacher=hog", "--patch-size=1"], "patch_size 1 must be even"),
     (["--beta=0"], "beta is 0.0, it must be from 1e-06"),
     (["--momentum=2"], "momentum is 2.0, it must be from 0 to 1"),
@@ -1057,14 +1057,14 @@ def test_evaluation_of_a_student(photos, unscored):
 
 
 def test_student_learns_from_a_teacher_that_knows(in_tmp, fewer_shapes, monkeypatch):
-    """`python maskdistill.py` on fewer images, its teacher on twice the epochs, in smaller
-    batches: it learns the labels, the student some of them. (By how much: seeds 0, 1 and 2.)"""
+    """`python maskdistill.py` on fewer images, its teacher on twice the epochs: it learns the
+    labels, the student some of them from it. (By how much is of seeds 0, 1 and 2.)"""
     longer = functools.partial(maskdistill.train_classifier, epochs=6)
     monkeypatch.setattr(maskdistill, "train_classifier", longer)
     monkeypatch.setitem(maskdistill.SIZES, "micro", MICRO)
     monkeypatch.setattr(common, "LOG_EVERY", 50)
-    metrics = maskdistill.main(["--epochs=3", "--batch-size=32", "--base-lr=0.012"])
+    metrics = maskdistill.main(["--epochs=3"])
     first, *_ = lines("runs/maskdistill-shapes")
-    assert metrics["loss"] < 0.9 * first["loss"]         # 0.84, 0.75, 0.82 of it
-    assert metrics["linear_teacher"] > metrics["linear_untrained"] + 20        # 32, 42, 45
-    assert metrics["linear_trained"] > metrics["linear_untrained"] + 6         # 17, 11, 24
+    assert metrics["loss"] < 0.9 * first["loss"]         # 0.84, 0.83, 0.82 of it
+    assert metrics["linear_teacher"] > metrics["linear_untrained"] + 20        # 30, 44, 44
+    assert metrics["linear_trained"] > metrics["linear_untrained"] + 6         # 16, 11, 19

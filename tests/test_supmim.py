@@ -382,8 +382,8 @@ def test_recipe(small, target, shots):
     losses, mixing, drop path, scores in between, and the codes' centers."""
     supmim.train(tiny(output="run", target=target, codes=8, shots=shots, mim_weight=2.0,
                       mask_ratio=0.5, drop_path=0.5, randaugment=5, mixup=0.8, cutmix=1.0,
-                      smoothing=0.1, epochs=4, warmup_epochs=0.75, base_lr=0.05, weight_decay=2.0, eval_every=1,
-                      max_steps=5))
+                      smoothing=0.1, epochs=4, warmup_epochs=0.75, base_lr=0.05,
+                      weight_decay=2.0, eval_every=1, max_steps=5))
     torch.manual_seed(0)
     codes = 8 if target == "kmeans" else 0
     model = SupMIM(16, 4, 16, 2, 2, 16, 1, 2, classes=2, codes=codes, drop_path=0.5)

@@ -29,7 +29,7 @@ Differences from mae.py: `classify`, the classifier's pass, on all or a few labe
 supervised training, and with the same other flags it draws the same random numbers.
 
     python supmim.py                                  # synthetic shapes, 320 labels, no download:
-        classifier's top-1, mean of seeds 0 to 4: 45.6 % (44.4 to 47.4)
+        classifier's top-1, mean of seeds 0 to 4: 46.1 % (44.3 to 48.0)
     python supmim.py --mim-weight 0                   # the supervised baseline:
         38.0 % (34.2 to 41.9); with more labels it catches up (tests/measure/results.md)
     python supmim.py --target kmeans                  # codes in place of pixels

@@ -84,7 +84,7 @@ class Config(common.RunConfig):
     warmup_epochs: float = 4.0    # epochs of linear warm-up from 0
     base_lr: float = 0.012        # peak learning rate = base_lr * batch_size / 256
     weight_decay: float = 0.05    # AdamW's, on matrices and tokens only
-    eval_every: int = 30          # epochs between scores of the test images, besides those at the end
+    eval_every: int = 60          # epochs between scores of the test images, besides those at the end
 
     def __post_init__(self):
         self.output = self.output or common.default_output("supmim", self.data)
@@ -474,6 +474,8 @@ def open_labelled(cfg: Config) -> data.Splits:
     if splits.test is None:
         raise common.UserError(f"{cfg.data} has no labelled images to train and test on")
     train = data.subset(splits.train, cfg.shots, 100, cfg.seed)                # no shots: 100 %
+    if cfg.crop_scale == 1 and torch.is_tensor(train.source):                  # resized once, not
+        train.source = data.CenterCrop(cfg.image_size)(train.source)           # in each epoch
     train.transform = data.augment(cfg.image_size, cfg.crop_scale, randaugment=cfg.randaugment)
     return splits._replace(pretrain=train, train=train)
 

@@ -419,7 +419,7 @@ def test_study(prepared, monkeypatch):
 
 def test_defaults(in_tmp, monkeypatch, capsys):
     """A run of --results that is known is not started again; the table has a row for each script,
-    its control and number of threads, with mean, least and greatest of the seeds."""
+    its control, machine and number of threads, with mean, least and greatest of the seeds."""
     started = []
 
     def fake_run(command, env, check, stdout):
@@ -447,6 +447,7 @@ def test_defaults(in_tmp, monkeypatch, capsys):
     Path("results.md").write_text("before\n<!-- defaults -->\nold\n<!-- /defaults -->\nafter\n")
     defaults.main(["table", "--results", "defaults.jsonl"])
     text = Path("results.md").read_text()
-    assert "| `amt.py` | 3 | 2 | 55.0 (50.0 to 60.0) |" in text
-    assert "| `amt.py --sampling uniform` | 3 | 2 | 55.0 (50.0 to 60.0) |" in text
+    machine = lines[0]["machine"]
+    assert f"| `amt.py` | {machine} | 3 | 2 | 55.0 (50.0 to 60.0) |" in text
+    assert f"| `amt.py --sampling uniform` | {machine} | 3 | 2 | 55.0 (50.0 to 60.0) |" in text
     assert text.startswith("before\n") and text.endswith("<!-- /defaults -->\nafter\n")

@@ -1,5 +1,6 @@
 """supmim.py: what each loss sees and reaches, codes, the plain classifier left at the end, runs."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -704,6 +705,19 @@ with common.command_line():
         last_line = lines(f"{name}2")[-1]
         for key, value in lines(f"{name}1")[-1].items():
             assert last_line[key] == pytest.approx(value, rel=1e-5), key
+
+
+@pytest.mark.parametrize("crop_scale, size", [(1.0, 24), (0.5, 32)])
+def test_shapes_resized_once_are_those_resized_in_each_epoch(fewer_shapes, crop_scale, size):
+    """Only random crops need the images in their own size."""
+    cfg = supmim.Config(image_size=24, crop_scale=crop_scale, shots=2)
+    images = supmim.open_labelled(cfg).train
+    assert images.source.shape == (16, 3, size, size)
+    whole = data.open_data("shapes", "", cfg.seed).train
+    others = data.subset(whole, cfg.shots, 100, cfg.seed)
+    others.transform = data.augment(24, crop_scale)
+    for key in itertools.product(range(3), range(16)):   # epoch, index
+        assert torch.equal(images[key][0], others[key][0])
 
 
 def test_short_run_learns(in_tmp, fewer_shapes):

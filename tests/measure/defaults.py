@@ -84,14 +84,16 @@ def start(job: dict, args) -> tuple[dict, float]:
 
 
 def table(args):
-    """A row for each script and number of threads: mean (least to greatest) of the seeds."""
+    """A row for each script, machine and number of threads: mean (least to greatest) of the seeds."""
     groups = {}
     for line in read(args.results):
-        groups.setdefault((line["script"], line["flags"], line["threads"]), []).append(line)
-    rows = [["", "threads", "seeds", *COLUMNS], ["---"] * (len(COLUMNS) + 3)]
+        key = line["script"], line["flags"], line["machine"], line["threads"]
+        groups.setdefault(key, []).append(line)
+    rows = [["", "machine", "threads", "seeds", *COLUMNS], ["---"] * (len(COLUMNS) + 4)]
     for key in sorted(groups, key=lambda key: (SCRIPTS.index(key[0]), *key[1:])):
-        script, flags, threads = key
-        row = [f"`{script}.py {flags}`".replace(" `", "`"), str(threads), str(len(groups[key]))]
+        script, flags, machine, threads = key
+        row = [f"`{script}.py {flags}`".replace(" `", "`"), machine, str(threads)]
+        row.append(str(len(groups[key])))
         for name in COLUMNS.values():
             values = [line[name] for line in groups[key] if name in line]
             text = ""
@@ -101,7 +103,7 @@ def table(args):
         rows.append(row)
     text = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     stamp = ", ".join(", ".join(sorted({line[key] for line in read(args.results)}))
-                      for key in ("machine", "torch", "commit", "date"))
+                      for key in ("torch", "commit", "date"))
     path = HERE / "results.md"
     before, mark, rest = path.read_text().partition(START)
     if not mark:

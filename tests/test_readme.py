@@ -414,6 +414,12 @@ def test_study(prepared, monkeypatch):
     study.main(["table", "--results", "study.jsonl", "--image", "study.png"])
     text = Path("README.md").read_text()
     assert f"| `mae.py` | {lines[3]['top1'] + 1.5:.1f} ± 1.5 |" in text
+    assert "\n\nTop-1 in %; seeds 0, 1: mean ± half the range; without ±: one seed.\n" in text
+    with open("study.jsonl", "a") as file:
+        for line in lines[:3]:
+            file.write(json.dumps(line | {"seed": 1}) + "\n")
+    study.main(["table", "--results", "study.jsonl", "--image", "study.png"])
+    text = Path("README.md").read_text()
     assert "\n\nTop-1 in %; seeds 0, 1: mean ± half the range.\n" in text
 
 

@@ -19,6 +19,7 @@ labels. So all but MAE and AMT owe something to the labels of the training image
 """
 
 import argparse
+import collections
 import datetime
 import json
 import platform
@@ -250,11 +251,11 @@ def table(args):
     curve = [f"epoch {epoch}" for epoch in measured]
 
     methods = [name for name in NAMES if any(method == name for method, _ in scores)]
-    stamp = describe(lines)
     short = markdown(scores, [name for name in methods if name not in CONTROLS], [*PROTOCOLS])
-    between_marks(ROOT / "README.md", f"{short}\n\nTop-1 in %; {describe_seeds(lines)}.")
+    main_lines = [line for line in lines if line["method"] not in CONTROLS]
+    between_marks(ROOT / "README.md", f"{short}\n\nTop-1 in %; {describe_seeds(main_lines)}.")
     whole = markdown(scores, methods, [*PROTOCOLS, *curve])
-    between_marks(ROOT / "tests/measure/results.md", f"{whole}\n\n{stamp}")
+    between_marks(ROOT / "tests/measure/results.md", f"{whole}\n\n{describe(lines)}")
     draw_curves(scores, measured, args.image)
 
 
@@ -286,7 +287,12 @@ def describe_seeds(lines: list) -> str:
     seeds = sorted({line["seed"] for line in lines})
     if len(seeds) == 1:
         return f"seed {seeds[0]}"
-    return f"seeds {', '.join(map(str, seeds))}: mean ± half the range"
+    text = f"seeds {', '.join(map(str, seeds))}: mean ± half the range"
+    measured = collections.Counter((line["method"], line["protocol"], line["epoch"])
+                                   for line in lines)
+    if min(measured.values()) == 1:
+        text += "; without ±: one seed"
+    return text
 
 
 def between_marks(path: Path, text: str):

@@ -474,8 +474,9 @@ def open_labelled(cfg: Config) -> data.Splits:
     if splits.test is None:
         raise common.UserError(f"{cfg.data} has no labelled images to train and test on")
     train = data.subset(splits.train, cfg.shots, 100, cfg.seed)                # no shots: 100 %
-    if cfg.crop_scale == 1 and torch.is_tensor(train.source):                  # resized once, not
-        train.source = data.CenterCrop(cfg.image_size)(train.source)           # in each epoch
+    if cfg.crop_scale == 1 and torch.is_tensor(train.source):
+        # no random crops: images in memory are resized once, not in each epoch
+        train.source = data.CenterCrop(cfg.image_size)(train.source)
     train.transform = data.augment(cfg.image_size, cfg.crop_scale, randaugment=cfg.randaugment)
     return splits._replace(pretrain=train, train=train)
 

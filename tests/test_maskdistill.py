@@ -1058,7 +1058,7 @@ def test_evaluation_of_a_student(photos, unscored):
 
 def test_student_learns_from_a_teacher_that_knows(in_tmp, fewer_shapes, monkeypatch):
     """`python maskdistill.py` on fewer images, its teacher on twice the epochs: it learns the
-    labels, the student some of them from it. (By how much is of seeds 0, 1 and 2.)"""
+    labels, the student some of them from it. (The numbers: seeds 0, 1, 2.)"""
     longer = functools.partial(maskdistill.train_classifier, epochs=6)
     monkeypatch.setattr(maskdistill, "train_classifier", longer)
     monkeypatch.setitem(maskdistill.SIZES, "micro", MICRO)

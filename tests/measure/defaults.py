@@ -84,7 +84,7 @@ def start(job: dict, args) -> tuple[dict, float]:
 
 
 def table(args):
-    """A row for each script, machine and number of threads: mean (least to greatest) of the seeds."""
+    """A row for each script, machine and number of threads: mean (least to greatest)."""
     groups = {}
     for line in read(args.results):
         key = line["script"], line["flags"], line["machine"], line["threads"]

@@ -19,7 +19,6 @@ labels. So all but MAE and AMT owe something to the labels of the training image
 """
 
 import argparse
-import collections
 import datetime
 import json
 import platform
@@ -79,6 +78,7 @@ PROTOCOLS = {                                            # flags of evaluate.py,
     "finetune 10 %": (f"finetune --percent 10 {TUNE}", 5),
     "finetune 1 %": (f"finetune --percent 1 {TUNE}", 50),
 }
+SPREAD = "mean of the seeds ± half their range"
 CURVE = (5, 10, 20)                                      # epochs, besides the last
 COLORS = {"mae": "#1f77b4", "amt": "#17becf", "maskdistill": "#d62728", "dtm": "#ff7f0e",
           "flip": "#2ca02c", "supmim": "#9467bd", "supervised": "#555555"}
@@ -234,8 +234,8 @@ def draw_images(folder: Path) -> Path:
 
 # ----------------------------------------------------------------------------------------- table
 def table(args):
-    """Between the marks of README.md and results.md: a row for each method, mean ± half the range
-    of the seeds; in results.md also the controls and the curve."""
+    """Between the marks of README.md and results.md: a row for each method; in results.md also the
+    controls and the curve."""
     lines = read(args.results)
     scores = {}                                          # (method, column) -> one of each seed
     for line in lines:
@@ -252,17 +252,17 @@ def table(args):
 
     methods = [name for name in NAMES if any(method == name for method, _ in scores)]
     short = markdown(scores, [name for name in methods if name not in CONTROLS], [*PROTOCOLS])
-    main_lines = [line for line in lines if line["method"] not in CONTROLS]
-    between_marks(ROOT / "README.md", f"{short}\n\nTop-1 in %; {describe_seeds(main_lines)}.")
+    between_marks(ROOT / "README.md", f"{short}\n\nTop-1 in %: {SPREAD}.")
     whole = markdown(scores, methods, [*PROTOCOLS, *curve])
     between_marks(ROOT / "tests/measure/results.md", f"{whole}\n\n{describe(lines)}")
     draw_curves(scores, measured, args.image)
 
 
 def markdown(scores: dict, methods: list, columns: list) -> str:
-    rows = [["", *columns], ["---"] * (len(columns) + 1)]
+    rows = [["", "seeds", *columns], ["---"] * (len(columns) + 2)]
     for method in methods:
-        row = [NAMES[method]]
+        seeds = max(len(scores.get((method, column), [])) for column in columns)
+        row = [NAMES[method], str(seeds)]
         for column in columns:
             values = scores.get((method, column), [])
             text = f"{statistics.mean(values):.1f}" if values else ""
@@ -278,21 +278,9 @@ def describe(lines: list) -> str:
     def all_of(key):
         return ", ".join(sorted({str(line[key]) for line in lines}))
 
-    return (f"Top-1 in %; {describe_seeds(lines)}; {all_of('data')}, {all_of('epochs')} epochs; "
+    return (f"Top-1 in %: {SPREAD}; {all_of('data')}, {all_of('epochs')} epochs; "
             f"{all_of('machine')}, {all_of('precision')}, torch {all_of('torch')}, commit "
             f"{all_of('commit')}, {all_of('date')}.")
-
-
-def describe_seeds(lines: list) -> str:
-    seeds = sorted({line["seed"] for line in lines})
-    if len(seeds) == 1:
-        return f"seed {seeds[0]}"
-    text = f"seeds {', '.join(map(str, seeds))}: mean ± half the range"
-    measured = collections.Counter((line["method"], line["protocol"], line["epoch"])
-                                   for line in lines)
-    if min(measured.values()) == 1:
-        text += "; without ±: one seed"
-    return text
 
 
 def between_marks(path: Path, text: str):

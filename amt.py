@@ -1,11 +1,11 @@
 """Good helper is around you: Attention-driven Masked Image Modeling
 (Liu, Gui, Luo, arXiv 2211.15362 v2): AMT, attention-driven masking and throwing.
 
-The patches of each image are put in a random order in which those come early that the encoder's
-own attention finds important. The first 45 % are masked, to be predicted; the next 40 % are thrown
-away, neither seen nor predicted, so that a step costs less; the last 15 %, mostly the least
-attended, are what the encoder sees. The attention maps are stored for each training image and made
-anew every few dozen epochs.
+The patches of each image are put in a random order in which those that the encoder itself attends
+to most are likely to come first. The first 45 % of this order are masked and predicted; the next
+40 % are thrown away, neither seen nor predicted, which makes a step cheaper; the encoder sees the
+last 15 %, mostly the least attended. The attention maps of all training images are stored and
+recomputed every few dozen epochs.
 
     a_i   = attention of the class token to patch i in the last block, stretched to 0 ... 1 in each
             head, averaged over heads
@@ -32,7 +32,7 @@ which are saved with the checkpoint. --base simmim applies the same to SimMIM: m
 through the encoder, squares of patches are masked, a linear layer predicts, the loss is the
 absolute error.
 
-    python amt.py                                     # synthetic shapes, no download:
+    python amt.py                                     # synthetic shapes, no download; 20 % thrown:
         linear probe, 8 classes, mean of seeds 0 to 4: trained 53.0 % (50.8 to 56.6), untrained
         28.9 %, pixels 19.9 %; attention on the objects is 1.2 to 3.5 times the mean and masks 64 to
         87 % of them, chance 45 %
@@ -42,11 +42,11 @@ absolute error.
     python amt.py --base simmim                       # on ImageNet: --preset imagenet-simmim
     torchrun --nproc_per_node=8 amt.py --data imagenet --data-root /where/imagenet/is
 
-Of the paper only abstract, introduction and a figure could be read; the rest is from the released
-code, and ours where that is at fault: maps follow crop and flip (released: a corner of the map,
-enlarged); the first maps are made when the masking begins (released: up to an interval later); maps
-are saved; the SimMIM branch trains (released: a shape error from epoch 40 on). Published figures
-may stem from the released behaviour.
+Of the paper only the abstract, a paragraph of the introduction and a figure's caption could be
+read; the rest is from the released code, and ours where that is at fault: maps follow crop and flip
+(released: a corner of the map, enlarged); the first maps are made when the masking begins
+(released: up to an interval later); maps are saved; the SimMIM branch trains (released: a shape
+error from epoch 40 on). Published figures may stem from the released behaviour.
 """
 
 import copy
@@ -70,7 +70,7 @@ import data
 @dataclass
 class Config(common.RunConfig):
     model: Literal["micro", "tiny", "small", "base", "large", "huge"] = "micro"  # size of the encoder, see SIZES
-    init: str = ""                # MAE weights to start from: a released file or a checkpoint of ours
+    init: str = ""                # MAE weights to start from: a released file or a checkpoint of ours; simmim: encoder.pt
     image_size: int = 28          # side of the square input in pixels
     patch_size: int = 4           # side of a patch in pixels
     decoder_embed_dim: int = 32   # mae: width E of the decoder
@@ -79,8 +79,8 @@ class Config(common.RunConfig):
 
     base: Literal["mae", "simmim"] = "mae"  # the method whose masks the attention chooses
     sampling: Literal["attention", "uniform"] = "attention"  # of masked and thrown patches; uniform: the control
-    attention_from: int = 4       # first epoch (from 0) with sampling and ratios; before: random masks, none thrown
-    refresh_every: int = 3        # epochs between new maps, the first at attention_from
+    attention_from: int = 4       # epochs with plain random masks, nothing thrown, before sampling and ratios apply
+    refresh_every: int = 3        # epochs from then on until the maps are recomputed
     mask_ratio: float | None = None  # fraction of the patches that is masked; None: the base's
     throw_ratio: float | None = None  # fraction of the patches that is thrown; None: the base's
     mask_unit: int = 4            # simmim: side in pixels of the squares that are masked
@@ -144,7 +144,8 @@ PRESETS = {
     "stl10": SMALL | dict(image_size=96, patch_size=12, mask_unit=24),                      # ours
     "tiny-imagenet": SMALL | dict(image_size=64, patch_size=8, mask_unit=16),               # ours
     "imagenet": CODE | dict(model="base"),
-    # released code, without its clipping, drop path and least rate; batch: SimMIM's README
+    # released code, without its clipping, drop path, layer scale, and first and last learning rate;
+    # batch: SimMIM's README
     "imagenet-simmim": CODE | dict(model="base", base="simmim", crop_scale=0.67, batch_size=2048,
                                    epochs=200, warmup_epochs=10, base_lr=5e-5),
     "folder": CODE | dict(model="small", decoder_depth=4, batch_size=256, epochs=100,
@@ -181,7 +182,7 @@ def sincos_positions(dim: int, grid: tuple[int, int]):
     """Fixed sine-cosine table (1, 1 + N, dim); the class token's row 0 is zero.
 
     The first half of the width encodes the column, the second the row: [sin | cos] of coordinate
-    times 10000^(-i / (dim/4)). (The names in the released code suggest the opposite order.)"""
+    times 10000^(-i / (dim/4)). (The names in MAE's code suggest the opposite order.)"""
     omega = 10000.0 ** (-np.arange(dim // 4) / (dim // 4))                     # (dim/4,)
     row, column = np.indices(grid).reshape(2, -1, 1)                           # (N, 1) each
     column_angle = column * omega                                              # (N, dim/4)
@@ -262,7 +263,7 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
 
     def init_weights(self):
-        """Xavier-uniform matrices, linear layers' biases 0, tokens N(0, 0.02) (released code)."""
+        """Xavier-uniform matrices, linear layers' biases 0, tokens N(0, 0.02) (MAE's code)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -507,6 +508,7 @@ def attention_map(vit, images):
     q_bias, k_bias, _ = last.attn.qkv.bias.split(D)
     q = F.linear(x[:, 0], q_weight, q_bias).unflatten(1, (1, heads, -1))       # (B, 1, heads, d)
     k = F.linear(x, k_weight, k_bias).unflatten(2, (heads, -1))            # (B, 1 + N, heads, d)
+    # a product and a sum, since @ would be computed in bf16 under autocast
     logits = (q.float() * k.float()).sum(dim=3) * q.shape[3] ** -0.5           # (B, 1 + N, heads)
     attention = logits.transpose(1, 2).softmax(dim=2)[:, :, 1:]                # (B, heads, N)
     attention = attention - attention.amin(dim=2, keepdim=True)                # 0 ...
@@ -566,25 +568,23 @@ def from_bytes(maps):
 
 
 def is_refresh(cfg: Config, epoch: int) -> bool:
-    """Whether the maps are made anew before this epoch."""
+    """Whether the maps are recomputed before this epoch."""
     since = epoch - cfg.attention_from
     return cfg.sampling == "attention" and since >= 0 and since % cfg.refresh_every == 0
 
 
 @torch.no_grad()
 def refresh_maps(encode, dataset: data.ImageDataset, maps, cfg: Config, device):
-    """Make the maps (n, N), uint8, of all images anew, in place; each process makes a part of them.
+    """Recompute the maps (n, N), uint8, of all images, in place; each process does its share.
 
     encode: whole images, squeezed to the input's size, -> attention (B, N). An image that cannot be
     read keeps its map."""
     numbered = copy.copy(dataset)
     numbered.labels = np.arange(len(dataset))            # so that `features` says which were read
     squeeze = v2.Resize((cfg.image_size, cfg.image_size))
-    chunks = math.ceil(len(dataset) / 2 ** 18)           # fp32 maps of so many are on the device
-    for rows in np.array_split(np.arange(len(dataset)), chunks):
-        new, read = data.features(encode, numbered, cfg.image_size, device, workers=cfg.workers,
-                                  transform=squeeze, rows=rows)
-        maps[read] = (255 * new).round().to(torch.uint8)
+    new, read = data.features(encode, numbered, cfg.image_size, device, workers=cfg.workers,
+                              transform=squeeze)                               # (read, N), (read,)
+    maps[read] = (255 * new).round().to(torch.uint8)
 
 
 def object_coverage(count: int, grid: tuple[int, int], device):
@@ -601,14 +601,13 @@ def map_lift(maps, objects) -> float:
     return (on_object * maps.shape[1]).mean().item()
 
 
-def masked_object_share(maps, objects, mask_ratio: float) -> float:
-    """How much of the objects' area (n, N) attention masks, by maps (n, N); at random it would be
-    mask_ratio of it."""
+def masked_object_share(model, maps, objects) -> tuple[float, float]:
+    """How much of the objects' area (n, N) attention masks, by maps (n, N), and how much random
+    masks would."""
     noise = torch.rand(maps.shape, generator=torch.Generator().manual_seed(0)).to(maps.device)
-    order = attention_order(noise, from_bytes(maps))                           # (n, N)
-    masked = int(maps.shape[1] * mask_ratio)
-    masked_area = objects.gather(1, order[:, :masked]).sum()
-    return (masked_area / objects.sum()).item()
+    masked, _, _ = model.split(noise, from_bytes(maps))                        # (n, M)
+    masked_area = objects.gather(1, masked).sum()
+    return (masked_area / objects.sum()).item(), masked.shape[1] / maps.shape[1]
 
 
 @torch.no_grad()
@@ -664,7 +663,7 @@ def train(cfg: Config) -> dict:
     patches = model.grid[0] * model.grid[1]
     maps = torch.full((len(splits.pretrain), patches), 255, dtype=torch.uint8, device=device)
     run = common.Run("amt", cfg, model, optimizer, steps_per_epoch, {"maps": maps})
-    common.log(f"{common.count_parameters(model):,} parameters; from epoch {cfg.attention_from} on "
+    common.log(f"{common.count_parameters(model):,} parameters; after {cfg.attention_from} epochs "
                f"{100 * cfg.mask_ratio:.0f} % of the patches masked, "
                f"{100 * cfg.throw_ratio:.0f} % thrown")
     if common.wants_compile(cfg, device):
@@ -711,11 +710,6 @@ def train(cfg: Config) -> dict:
                                run.folder / "reconstruction.png")
 
     run.save_encoder(model)
-    if common.rank() == 0:                               # --max-steps or a kill left an older one
-        last_epoch = (max(run.first_step, run.last_step) - 1) // steps_per_epoch
-        by_attention, ratios = masking_of(cfg, last_epoch)
-        save_visualization(model, samples, sample_noise, ratios, by_attention,
-                           run.folder / "reconstruction.png")
     encoders = {"pixels": data.small_pixels,
                 "trained": data.mean_patch_token(model),
                 "untrained": data.mean_patch_token(build(cfg).to(device))}
@@ -733,13 +727,13 @@ def log_refresh(run, step: int, maps, seconds: float):
         count = min(len(maps), 10_000)                   # enough for a mean
         objects = object_coverage(count, run.model.grid, maps.device)
         lift = map_lift(maps[:count], objects)
-        share = masked_object_share(maps[:count], objects, run.cfg.mask_ratio)
+        share, at_random = masked_object_share(run.model, maps[:count], objects)
         metrics |= {"map_lift": lift, "objects_masked": share}
         text = (f"; attention on the objects is {lift:.1f} times the mean and masks "
-                f"{100 * share:.0f} % of them (at random {100 * run.cfg.mask_ratio:.0f} %)")
+                f"{100 * share:.0f} % of them (at random {100 * at_random:.0f} %)")
     run.write(step=step, **metrics)
     run.interval_start = time.time()                     # images/s are those of the training
-    common.log(f"step {step}: {len(maps)} maps made anew in {seconds:.1f} s{text}")
+    common.log(f"step {step}: {len(maps)} maps recomputed in {seconds:.1f} s{text}")
 
 
 def main(argv=None) -> dict:

@@ -899,7 +899,7 @@ class Run:
         next(batches, None)                              # at their end the loader processes go
 
     def end_step(self, step: int, loss: torch.Tensor, lr: float, score=None) -> bool:
-        """Log and save if it is time. Returns whether an epoch ended.
+        """Log and save if it is time. Returns whether an epoch or the run ended.
 
         loss: a scalar on the device; the host waits for it only to log or to save.
         score: () -> {name: number}, called and logged after every --eval-every epochs (without
@@ -909,7 +909,8 @@ class Run:
         self.scores = None
         self.unread_losses.append(loss)
         end_of_epoch = done % self.steps_per_epoch == 0
-        save = end_of_epoch or done == self.last_step
+        end = end_of_epoch or done == self.last_step
+        save = end
         if self.cfg.save_every and done % self.cfg.save_every == 0:
             save = True
         if not save and done % LOG_EVERY:
@@ -930,7 +931,7 @@ class Run:
             self.save(done)
         self.saved = self.saved or save
         self.interval_start = None                       # what follows may be no training
-        return end_of_epoch
+        return end
 
     def fetch_losses(self, done: int, lr: float, check_weights: bool) -> float:
         """Fetch and log the losses since the last time; returns the images per second. All

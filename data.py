@@ -193,11 +193,12 @@ def subset(dataset: ImageDataset, shots: int, percent: float, seed: int) -> Imag
     return ImageDataset(dataset.source[rows], dataset.labels[rows], dataset.seed)
 
 
-def count_unreadable(splits, device) -> int:
-    """How many files of all splits could not be read so far by any process, each counted once."""
+def count_unreadable(datasets, device) -> int:
+    """How many files of all data sets could not be read so far by any process, each counted once.
+    datasets: ImageDataset or None each."""
     everything = set()
     unreadable = set()
-    for dataset in splits[:3]:
+    for dataset in datasets:
         if dataset is None or torch.is_tensor(dataset.source):
             continue
         flags = dataset.unreadable.to(device, torch.int32)
@@ -554,17 +555,16 @@ def ignore_ctrl_c(worker: int = 0):
 # -------------------------------------------------- evaluation of features: k-NN, linear probe
 @torch.no_grad()
 def features(encode, dataset: ImageDataset, size: int, device, batch_size: int = 100,
-             workers: int = 0, limit: int = 0, transform=None, rows=None):
+             workers: int = 0, limit: int = 0, transform=None):
     """Features of images, without augmentation: encode(images (B, 3, size, size)) -> (B, D).
 
-    transform: image -> image, in place of the center crop. rows: which images (numbers); else at
-    most `limit` of them, evenly spread (0: all). Each process encodes a share and all get all of
-    them: features fp32 (n, D), labels (n,) on the device, in order, less the unreadable images.
+    transform: image -> image, in place of the center crop. limit: at most so many images, evenly
+    spread; 0: all. Each process encodes a share and all get all of them: features fp32 (n, D) and
+    labels (n,) on the device, in order, less the unreadable images.
     Small batches suit a CPU: the micro encoder is 1.5 times as fast with 125 images as with 500
     (tests/measure/benchmark.md)."""
-    if rows is None:
-        count = min(limit or len(dataset), len(dataset))
-        rows = np.linspace(0, len(dataset) - 1, count).round().astype(int)
+    count = min(limit or len(dataset), len(dataset))
+    rows = np.linspace(0, len(dataset) - 1, count).round().astype(int)
     share = np.arange(common.rank(), len(rows), common.world_size())
     if len(share) == 0:                                  # more processes than rows
         share = np.array([0])
@@ -695,7 +695,7 @@ def score_encoders(encoders: dict, splits: Splits, cfg, device) -> dict:
         for kind, title in (("knn", f"k-NN of {len(voters)} images"), ("linear", "linear probe")):
             figures = ", ".join(f"{name} {scores[f'{kind}_{name}']:.1f} %" for name in encoders)
             common.log(f"{title}, {classes} classes, {len(test)} test images: {figures}")
-    return scores | {"unreadable": count_unreadable(splits, device)}
+    return scores | {"unreadable": count_unreadable(splits[:3], device)}
 
 
 # ------------------------------------------------------------------------------------ images out

@@ -47,7 +47,8 @@ uniformly is the paper's; the bounds are the release's; how the merges are sprea
 ours. Four things in the release look like mistakes, and we do otherwise: it draws the number of
 tokens that merge, rounded up; it never merges the first patch, as if that were the class token; it
 gives CLIP images that are normalised for the student; it compares tokens in half precision, which
-changes the groups. The published figures may have been obtained with them.
+changes the groups. The published figures may have been obtained with them. The release's encoder
+has a table of relative positions in each block besides the shared one; ours has the shared one.
 """
 
 import math
@@ -77,7 +78,7 @@ class Config(common.RunConfig):
 
     teacher: str = "self"         # clip, clip-large, a file of weights, or self: learns labels first
     morphs: int = 2               # morphings L in a step, each with groups of its own; 0: token by token
-    most_rounds: int = 4          # of matching in a morphing, or as many as the number of groups needs
+    most_rounds: int = 4          # largest number of rounds of matching in a morphing, more only for few groups
     mask_ratio: float = 0.383     # fraction of the patches that is masked
     min_block: int = 2            # smallest area of a masked rectangle, in patches
 
@@ -116,9 +117,9 @@ SIZES = {                                                # width, depth, heads
 SELF_TEACHER = dict(embed_dim=64, depth=2, num_heads=4)  # the ViT of --teacher self
 BETA = 2.0                                               # smooth-L1: quadratic below, linear above
 MIN_LR = 1e-5                                            # at the end of the schedule
-# From the release; but MIN_LR, AdamW's beta2, batch_size, warmup_epochs, crop_scale and no drop
-# path are those of BEiT v2, its parent (the release's defaults: beta2 open, 64 images a GPU, 5,
-# 0.08, and a drop path of 0.1).
+# From the release; but AdamW's beta2, batch_size, warmup_epochs, crop_scale and no drop path are
+# those of BEiT v2, its parent (the release's defaults: beta2 open, 64 images a GPU, 5, 0.08, and a
+# drop path of 0.1), and the rate grows linearly with the batch (in the release with its root).
 RECIPE = dict(image_size=224, patch_size=16, layer_scale=0.1, teacher="clip", morphs=2,
              most_rounds=14, mask_ratio=0.383, min_block=16, crop_scale=0.2, color_jitter=0.4,
              batch_size=2048, epochs=300, warmup_epochs=10, base_lr=1.5e-3 / 8, weight_decay=0.05,
@@ -131,7 +132,7 @@ PRESETS = {
     "stl10": SMALL | dict(image_size=96, patch_size=12),                                    # ours
     "tiny-imagenet": SMALL | dict(image_size=64, patch_size=8),                             # ours
     "imagenet": RECIPE | dict(model="base"),
-    "imagenet-large": RECIPE | dict(model="large", layer_scale=1e-5),    # ViT-B is the teacher, too
+    "imagenet-large": RECIPE | dict(model="large", layer_scale=1e-5),    # the teacher stays CLIP B
     "folder": RECIPE | dict(model="small", batch_size=256, epochs=100, warmup_epochs=5),     # ours
 }
 
@@ -165,7 +166,7 @@ def sincos_positions(dim: int, grid: tuple[int, int]):
     """Fixed sine-cosine table (1, 1 + N, dim); the class token's row 0 is zero.
 
     The first half of the width encodes the column, the second the row: [sin | cos] of coordinate
-    times 10000^(-i / (dim/4)). (The names in the released code suggest the opposite order.)"""
+    times 10000^(-i / (dim/4)). (The names in MAE's code suggest the opposite order.)"""
     omega = 10000.0 ** (-np.arange(dim // 4) / (dim // 4))                     # (dim/4,)
     row, column = np.indices(grid).reshape(2, -1, 1)                           # (N, 1) each
     column_angle = column * omega                                              # (N, dim/4)
@@ -341,7 +342,7 @@ class VisionTransformer(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
-            elif p.ndim > 1 and not name.startswith(("pos_embed", "rel_pos_bias")):
+            elif p.ndim > 1 and not name.startswith("rel_pos_bias"):
                 nn.init.trunc_normal_(p, std=std, a=-std, b=std)
         for layer, block in enumerate(self.blocks, start=1):
             block.attn.proj.weight.data.div_((2 * layer) ** 0.5)
@@ -389,7 +390,7 @@ def block_masking(noise, grid: tuple[int, int], num_masked: int, min_block: int)
     for t in range(tries.shape[1]):
         u_area, u_shape, u_top, u_left = tries[:, t].unbind(1)                 # (B, 1) each
         area = min_block + u_area * (missing - min_block)
-        side = area.clamp(min=0).sqrt()                  # of a square of that area
+        side = area.sqrt()                               # of a square of that area
         stretch = 0.3 ** (u_shape - 0.5)                 # height / width is from 0.3 to 1 / 0.3
         height = (side * stretch).round()
         width = (side / stretch).round()
@@ -448,7 +449,8 @@ def match(tokens, rounds: list[int], protect_first=False):
     the groups. Several even groups may join the same odd one.
     protect_first: token 0 joins no other, as in the released code (for comparison with it).
     Returns labels (B, N), the group of each token, and the number of groups n. Similarities are in
-    the precision of the tokens whatever autocast says: half precision changes the groups."""
+    the precision of the tokens whatever autocast says, since half precision changes the groups
+    (fp32 products are TF32 on GPUs, unless --precision fp32)."""
     B, N, C = tokens.shape
     labels = torch.arange(N, device=tokens.device).repeat(B, 1)                # (B, N)
     n = N
@@ -488,14 +490,12 @@ def group_means(x, labels, n: int):
     return gather_tokens(means, labels)                                        # (B, N, C)
 
 
-def morph_loss(prediction, target, labels, n: int, loss="smooth_l1", beta=BETA):
+def morph_loss(prediction, target, labels, n: int):
     """Compare prediction and target (B, N, C), fp32, after both were averaged over the groups of
-    labels (B, N). loss: smooth_l1, or cosine, an option of the release (for comparison with it)."""
+    labels (B, N)."""
     prediction = group_means(prediction, labels, n)                            # (B, N, C)
     target = group_means(target, labels, n)                                    # (B, N, C)
-    if loss == "cosine":
-        return 1 - F.cosine_similarity(prediction, target, dim=-1).mean()
-    return F.smooth_l1_loss(prediction, target, beta=beta)
+    return F.smooth_l1_loss(prediction, target, beta=BETA)
 
 
 # -------------------------------------------------------------------------------------------- DTM
@@ -509,8 +509,8 @@ class DTM(VisionTransformer):
         self.min_block = min_block
         h, w = self.grid
         self.num_masked = int(h * w * mask_ratio)                              # M
-        # four numbers for each of 6 + h tries (more would change nothing up to a ratio of 0.6), and
-        # one for each patch
+        # four numbers for each of 6 + h tries (with more, one mask in a hundred would differ at a
+        # ratio of 0.4), and one for each patch
         self.noise_width = 4 * (6 + h) + h * w
         self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.distill_head = nn.Linear(embed_dim, target_dim)
@@ -647,9 +647,6 @@ def train(cfg: Config) -> dict:
                                run.folder / "similarity.png")
 
     run.save_encoder(model)
-    if common.rank() == 0:                               # --max-steps or a kill left an older one
-        save_visualization(model, samples, teacher(samples), sample_noise,
-                           run.folder / "similarity.png")
     encoders = {"pixels": data.small_pixels,
                 "trained": data.mean_patch_token(model),
                 "untrained": data.mean_patch_token(build(cfg, teacher.width).to(device)),
@@ -667,8 +664,8 @@ def open_teacher(cfg: Config):
     if cfg.teacher != "self":
         side = cfg.image_size // cfg.patch_size
         return load_teacher(cfg.teacher, (side, side), projected=True)
-    torch.manual_seed(cfg.seed)                          # with torch's own initial values; `train`
-    vit = VisionTransformer(cfg.image_size, cfg.patch_size, **SELF_TEACHER)    # teaches it labels
+    torch.manual_seed(cfg.seed)                          # untrained; `train` teaches it the labels
+    vit = VisionTransformer(cfg.image_size, cfg.patch_size, **SELF_TEACHER)
     return Teacher(vit)
 
 

@@ -44,18 +44,13 @@ loss a clamped scale has no gradient) and not decayed.
 """
 
 import csv
-import functools
 import io
 import itertools
 import json
-import lzma
 import math
-import os
 import random
 import re
 import sys
-import tarfile
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -77,9 +72,9 @@ import data
 # ----------------------------------------------------------------------------------------- Config
 @dataclass
 class Config(common.RunConfig):
-    data: str = "shapes"          # shapes; .csv, .tsv, .json or .jsonl of pairs; tar shards; imagenet; class folders
+    data: str = "shapes"          # shapes; .csv or .tsv of pairs; COCO's .json; tar shards; imagenet; class folders
     image_root: str = ""          # what relative paths in a table start from; empty: the table's folder
-    test_data: str = ""           # table of pairs for retrieval at the end; empty: a tenth of --data's, of shards none
+    test_data: str = ""           # table of pairs for retrieval at the end; empty: of a table every tenth, at most 1,000
     test_root: str = ""           # what relative paths in --test-data start from; empty: its folder
     zero_shot: str = ""           # checkpoint to score on --data; nothing is trained
     templates: str = ""           # file of prompts with {} for the class, one a line; empty: the paper's seven
@@ -90,7 +85,7 @@ class Config(common.RunConfig):
     image_size: int = 30          # side of the square input in pixels
     patch_size: int = 5           # side of a patch in pixels
     tokenizer: str = ""           # tokenizer.json in Hugging Face's format; empty: UTF-8 bytes
-    text_length: int | None = None  # ids of a caption T; None: 32 with a tokenizer, 77 bytes
+    text_length: int = 21         # ids of a caption T; longer captions are cut
 
     mask_ratio: float = 0.5       # fraction of the patches that is left out
 
@@ -106,8 +101,6 @@ class Config(common.RunConfig):
     def __post_init__(self):
         name = re.sub(r"[^\w.-]+", "-", Path(self.data).resolve().name).strip("-.")
         self.output = self.output or f"runs/flip-{name}{'-tuned' if self.init else ''}"
-        if self.text_length is None:
-            self.text_length = 32 if self.tokenizer else 77
         for field, number in zip(SIZE_FIELDS, SIZES[self.model]):              # derived: no flags
             setattr(self, field, number)
         common.check(self)
@@ -132,13 +125,12 @@ SIZES = {      # image tower: width, depth, heads; text tower: width, depth, hea
     "huge": (1280, 32, 16, 1024, 24, 16, 1024),                                         # table 9
 }
 PAPER = dict(image_size=224, patch_size=16, mask_ratio=0.5, weight_decay=0.2,          # table 10
-             crop_scale=0.5, workers=12)                                                  # code
+             crop_scale=0.5, text_length=77, workers=12)              # code; CLIP's 77, here bytes
 SMALL = PAPER | dict(model="tiny", batch_size=1024, epochs=100, warmup_epochs=5, base_lr=2.5e-4,
                      workers=8)                                                             # ours
 PRESETS = {
-    "shapes": dict(text_length=21),      # the longest caption's; else the defaults above; ours
-    "shapes-tune": dict(text_length=21, mask_ratio=0.0, epochs=1, warmup_epochs=0.2,
-                        base_lr=8e-4),                                                      # ours
+    "shapes": {},                                                        # the defaults above; ours
+    "shapes-tune": dict(mask_ratio=0.0, epochs=1, warmup_epochs=0.2, base_lr=8e-4),         # ours
     "cifar10": SMALL | dict(image_size=32, patch_size=4),                                   # ours
     "cifar100": SMALL | dict(image_size=32, patch_size=4),                                  # ours
     "stl10": SMALL | dict(image_size=96, patch_size=12),                                    # ours
@@ -147,9 +139,9 @@ PRESETS = {
                              base_lr=6.25e-5),                                              # ours
     # table 10: 12.8 billion pairs, of which 51.2 million of warm-up, in epochs of four million;
     # tuning: 128 million, of which 25.6 million
-    "laion": PAPER | dict(model="base", batch_size=65536, epoch_pairs=4_194_304, epochs=3052,
-                          warmup_epochs=12.2, base_lr=4e-6),
-    "laion-tune": PAPER | dict(model="base", mask_ratio=0.0, batch_size=65536,
+    "laion": PAPER | dict(model="base", text_length=32, batch_size=65536, epoch_pairs=4_194_304,
+                          epochs=3052, warmup_epochs=12.2, base_lr=4e-6),
+    "laion-tune": PAPER | dict(model="base", text_length=32, mask_ratio=0.0, batch_size=65536,
                                epoch_pairs=4_000_000, epochs=32, warmup_epochs=6.4, base_lr=4e-8),
     "folder": PAPER | dict(model="small", batch_size=1024, epochs=30, warmup_epochs=2,
                            base_lr=2.5e-4),                                                 # ours
@@ -160,7 +152,6 @@ BYTES = 258                                    # ids without a tokenizer: paddin
 IMAGE_COLUMNS = ("filepath", "image", "path", "file_name", "filename", "image_path", "file")
 TEXT_COLUMNS = ("title", "caption", "text", "captions")
 SHUFFLE = dict(bufsize=5000, initial=1000)     # pairs among which a loader process draws the next
-LARGEST = 2 ** 28                              # bytes of a file in a shard; larger ones are skipped
 
 
 # ----------------------------------------- Vision Transformer (an identical copy in every script)
@@ -183,7 +174,7 @@ def sincos_positions(dim: int, grid: tuple[int, int]):
     """Fixed sine-cosine table (1, 1 + N, dim); the class token's row 0 is zero.
 
     The first half of the width encodes the column, the second the row: [sin | cos] of coordinate
-    times 10000^(-i / (dim/4)). (The names in the released code suggest the opposite order.)"""
+    times 10000^(-i / (dim/4)). (The names in MAE's code suggest the opposite order.)"""
     omega = 10000.0 ** (-np.arange(dim // 4) / (dim // 4))                     # (dim/4,)
     row, column = np.indices(grid).reshape(2, -1, 1)                           # (N, 1) each
     column_angle = column * omega                                              # (N, dim/4)
@@ -264,7 +255,7 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
 
     def init_weights(self):
-        """Xavier-uniform matrices, linear layers' biases 0, tokens N(0, 0.02) (released code)."""
+        """Xavier-uniform matrices, linear layers' biases 0, tokens N(0, 0.02) (MAE's code)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -366,10 +357,12 @@ def contrastive_loss(image, text, scale):
         images = Gather.apply(image)
         texts = Gather.apply(text)
     first = common.rank() * len(image)                   # where this process's pairs stand
-    own = torch.arange(first, first + len(image), device=image.device)         # (B,)
+    labels = torch.arange(first, first + len(image), device=image.device)      # (B,)
     image_logits = scale * image @ texts.T                                     # (B, G)
     text_logits = scale * text @ images.T                                      # (B, G)
-    return (F.cross_entropy(image_logits, own) + F.cross_entropy(text_logits, own)) / 2
+    image_loss = F.cross_entropy(image_logits, labels)
+    text_loss = F.cross_entropy(text_logits, labels)
+    return (image_loss + text_loss) / 2
 
 
 # ------------------------------------------------------------------------------------------- FLIP
@@ -412,23 +405,20 @@ class FLIP(VisionTransformer):
         latent = self.forward_features(patches, visible)                       # (B, 1 + K, D)
         return self.pooled(latent), self.encode_text(ids)
 
-    def forward(self, images, ids, noise=None, gradients=None):
+    def forward(self, images, ids, noise=None, features_only=False):
         """images (B, 3, H, W), normalised; ids (B, T); noise (B, N) in [0, 1) decides the masks.
 
-        Returns the loss, and the features of images and captions (B, E). gradients: those of the
-        loss with respect to both features and to the scale, in shapes (B, E), (B, E), (). The loss
-        is then replaced by the inner product with them, which has the same gradient."""
+        Returns the loss, and the features of images and captions (B, E). features_only: both
+        features and the scale (), from which the loss is computed elsewhere."""
         if noise is None:
             patches = self.grid[0] * self.grid[1]
             noise = torch.rand(len(images), patches, device=images.device)
         image, text = self.embed(images, ids, noise)                           # (B, E) each
         scale = self.logit_scale.exp()
+        if features_only:
+            return image, text, scale
         with torch.autocast(images.device.type, enabled=False):                # fp32
-            if gradients is None:
-                return contrastive_loss(image, text, scale), image, text
-            outputs = (image, text, scale)
-            products = [(x * gradient).sum() for x, gradient in zip(outputs, gradients)]
-            return sum(products), image, text
+            return contrastive_loss(image, text, scale), image, text
 
 
 def build(cfg: Config) -> FLIP:
@@ -477,8 +467,8 @@ def backward_in_parts(model: FLIP, network, parts: list, amp):
         gradients = (image_gradients[i], text_gradients[i], scale_gradient)
         with common.sync_on_last(network, i, len(parts)):                      # once a step
             with amp:
-                product, *_ = network(data.to_device(images, device), ids, noise, gradients)
-            product.backward()
+                outputs = network(data.to_device(images, device), ids, noise, features_only=True)
+            torch.autograd.backward(outputs, gradients)
     return loss
 
 
@@ -538,19 +528,22 @@ def train(cfg: Config) -> dict:
             save_visualization(model, *samples, run.folder / "similarity.png")
 
     run.save_encoder(model)
-    if samples and common.rank() == 0:                   # --max-steps or a kill left an older one
-        save_visualization(model, *samples, run.folder / "similarity.png")
     scores = score(model, source, cfg, tokenizer, device)
     if isinstance(training, Shards):
         scores |= training.count_skipped(device)
+    elif source.splits.test is None:                     # a table
+        scores["unreadable"] = data.count_unreadable((training, source.retrieval), device)
     else:
         encoders = {"pixels": data.small_pixels,
                     "trained": data.mean_patch_token(model),
                     "untrained": data.mean_patch_token(build(cfg).to(device))}
         scores |= data.score_encoders(encoders, source.splits, cfg, device)
     metrics = run.finish(scores)
-    where = cfg.data if source.labelled is not None else "FOLDER_OF_CLASSES"
-    common.log(f"try next: python flip.py --zero-shot {run.folder}/checkpoint.pt --data {where}")
+    path = f"{run.folder}/checkpoint.pt"
+    hint = f"--preset shapes-tune --init {path}"
+    if cfg.preset != "shapes":
+        hint = f"--zero-shot {path} --data FOLDER_OF_CLASSES"
+    common.log(f"try next: python flip.py {hint}")
     return metrics
 
 
@@ -576,7 +569,7 @@ class Tokenizer:
         ids = torch.tensor(ids[:self.text_length], dtype=torch.int64)
         return F.pad(ids, (0, self.text_length - len(ids)))
 
-    def all(self, texts):
+    def encode_batch(self, texts):
         """n texts -> (n, T)."""
         return torch.stack([self(text) for text in texts])
 
@@ -587,8 +580,6 @@ def open_tokenizer(path: str, text_length: int):
         import tokenizers
     except ImportError as error:
         raise common.UserError("--tokenizer needs a package: pip install tokenizers") from error
-    if not Path(path).is_file():
-        raise common.UserError(f"no file {path}")
     try:
         tokenizer = tokenizers.Tokenizer.from_file(path)
     except Exception as error:                           # the package raises nothing more special
@@ -645,7 +636,7 @@ class Source(NamedTuple):
     splits: data.Splits                        # pretrain: Pairs or Shards; train, test: for k-NN
     retrieval: Pairs | None = None             # labels: the images' numbers
     labelled: data.ImageDataset | None = None  # for the zero-shot accuracy; labels: classes
-    prompts: list = ()                         # of each class: its texts
+    prompts: list | None = None                # of each class: its texts
     held_out: np.ndarray | None = None         # (classes,) bool: those of shapes not trained on
 
 
@@ -661,7 +652,7 @@ def open_source(cfg: Config, tokenizer: Tokenizer) -> Source:
         if cfg.zero_shot:
             raise common.UserError("--zero-shot scores a table or class folders, not shards")
         source = Source(data.Splits(Shards(cfg, tokenizer), None, None, []))
-    elif Path(cfg.data).suffix in (".csv", ".tsv", ".json", ".jsonl"):
+    elif Path(cfg.data).suffix in (".csv", ".tsv", ".json"):
         pairs = read_pairs(cfg.data, cfg.image_root)
         every = max(10, math.ceil(len(pairs) / 1000))
         if cfg.zero_shot:
@@ -689,15 +680,10 @@ class Shards(IterableDataset):
 
     The files of a pair stand together and have the same name up to its first dot: an image, and a
     .txt (one caption a line) or a .json (its "caption"). webdataset opens the shards, also through
-    a pipe, groups their files and shuffles; which shards is decided here, since its own choice
-    ignores the seed. Each loader process of each training process draws shards with replacement, by
-    (seed, first step of this run, process, loader process), and reads them whole: so all pairs come
-    equally often on average, whatever the sizes. What cannot be read is skipped, and counted in
-    `skipped`. Raises UserError."""
-
-    KINDS = ("damaged shards", "files above 256 MB", "files of equal names",
-             "images without caption", "captions without image", "unreadable captions",
-             "unreadable images")
+    a pipe, groups their files and shuffles the pairs. Each loader process of each training process
+    draws shards with replacement, by (seed, first step of this run, process, loader process), and
+    reads them whole: so all pairs come equally often on average, whatever the sizes. What cannot be
+    read is skipped and counted. Raises UserError."""
 
     def __init__(self, cfg: Config, tokenizer: Tokenizer):
         if not cfg.epoch_pairs:
@@ -708,8 +694,7 @@ class Shards(IterableDataset):
         self.tokenizer = tokenizer
         self.transform = None
         self.pairs_found = 0
-        kinds = len(self.KINDS)
-        self.skipped = torch.zeros(max(1, cfg.workers), kinds, dtype=torch.int64).share_memory_()
+        self.skipped = torch.zeros(max(1, cfg.workers), dtype=torch.int64).share_memory_()
 
     def __len__(self):
         return self.cfg.epoch_pairs
@@ -741,48 +726,25 @@ class Shards(IterableDataset):
         webdataset = import_webdataset()
         seed = common.derive_seed(self.cfg.seed, self.first_step, common.rank(), self.worker, 2)
         rng = random.Random(seed)
-        names = self.draw_names(rng)
-        files = self.read_files(names, webdataset.gopen)
-        samples = webdataset.tariterators.group_by_keys(files, handler=self.skip_equal_names)
+        shards = self.draw_shards(rng)
+        samples = webdataset.tariterators.tarfile_samples(shards, handler=self.skip)
         pairs = webdataset.shuffle(**SHUFFLE, rng=rng)(self.read_captions(samples))
-        return self.decode(pairs, rng)
-
-    def draw_names(self, rng):
-        """Names of shards. Raises UserError after 100 that hold no pair."""
-        fruitless = 0
-        while fruitless < 100:
-            before = self.pairs_found
-            yield rng.choice(self.names)
-            fruitless = fruitless + 1 if self.pairs_found == before else 0
-        skipped = self.in_words(self.skipped[self.worker])
-        raise common.UserError(f"{fruitless} shards in a row hold no image with a caption; skipped "
-                               f"were {skipped}")
-
-    def read_files(self, names, open_shard):
-        """The files of shards, as webdataset groups them: {fname, data, __url__}, and {} at the end
-        of a shard. Its own reader takes files of any size, may miss that a command failed, and
-        leaves out the {} of a damaged shard, whose last image can then get the next one's caption.
-        """
-        for name in names:
+        for name, content, texts in pairs:
             try:
-                stream = open_shard(name)
-                with tarfile.open(fileobj=stream, mode="r|*") as tar:
-                    for member in tar:
-                        tar.members = []                 # it would keep the headers of all
-                        parts = [part for part in member.name.split("/") if part != "."]
-                        if not member.isfile() or any(data.is_hidden(part) for part in parts):
-                            continue
-                        if member.size > LARGEST:
-                            self.skip("files above 256 MB", f"{name}: {member.name}")
-                            continue
-                        content = tar.extractfile(member).read()
-                        yield {"fname": member.name, "data": content, "__url__": name}
-                while stream.read(2 ** 20):              # padding: a command cut short fails
-                    pass
-                stream.close()                           # raises OSError if a command has failed
-            except DAMAGE as error:
-                self.skip("damaged shards", name, error)
-            yield {}
+                image = data.decode(content)
+            except OSError as error:
+                self.skip(f"{name}: {error}")
+                continue
+            yield self.transform(image), self.tokenizer(rng.choice(texts))
+
+    def draw_shards(self, rng):
+        """Shards as webdataset takes them. Raises UserError after 100 that hold no pair."""
+        empty_in_a_row = 0
+        while empty_in_a_row < 100:
+            before = self.pairs_found
+            yield {"url": rng.choice(self.names)}
+            empty_in_a_row = empty_in_a_row + 1 if self.pairs_found == before else 0
+        raise common.UserError(f"{empty_in_a_row} shards in a row hold no image with a caption")
 
     def read_captions(self, samples):
         """Pairs (name, image's bytes, captions) of webdataset's samples, {ending: bytes}."""
@@ -791,59 +753,34 @@ class Shards(IterableDataset):
             image = next((sample[e[1:]] for e in data.ENDINGS if e[1:] in sample), None)
             try:
                 texts = captions_of(sample)
-            except (ValueError, RecursionError) as error:
-                self.skip("unreadable captions", name, error)
+            except ValueError as error:
+                self.skip(f"{name}: {error}")
                 continue
             if image and texts:
                 self.pairs_found += 1
                 yield name, image, texts
-            elif image:
-                self.skip("images without caption", name)
-            elif texts:
-                self.skip("captions without image", name)
+            else:
+                self.skip(f"{name}: no image or no caption")
 
-    def decode(self, pairs, rng):
-        """Pairs (image, ids). Raises UserError after 1,000 images that cannot be read."""
-        unreadable = 0                                   # in a row
-        for name, content, texts in pairs:
-            try:
-                image = data.decode(content)
-            except OSError as error:
-                self.skip("unreadable images", name, error)
-                unreadable += 1
-                if unreadable == 1000:
-                    raise common.UserError(f"{unreadable} images in a row cannot be read, the last "
-                                           f"is {name}: {error}") from error
-                continue
-            unreadable = 0
-            yield self.transform(image), self.tokenizer(rng.choice(texts))
-
-    def skip_equal_names(self, error: Exception) -> bool:
-        """Called by webdataset with an exception; True: go on."""
-        self.skip("files of equal names", "", error)
+    def skip(self, reason) -> bool:
+        """Count what is left out, and name the first. Also called by webdataset, with an exception,
+        when it cannot read a shard; True: go on."""
+        self.skipped[self.worker] += 1
+        if self.skipped[self.worker] <= 10:
+            tqdm.write(f"skipped (each loader process names its first ten): {ascii(str(reason))}",
+                       file=sys.stderr)
         return True
 
-    def skip(self, kind: str, name: str, error=""):
-        counts = self.skipped[self.worker]
-        counts[self.KINDS.index(kind)] += 1
-        if counts.sum() <= 10:
-            tqdm.write(f"skipped ({kind}; each loader process names its first ten): "
-                       f"{ascii(name)} {error}", file=sys.stderr)
-
-    def in_words(self, counts) -> str:
-        return ", ".join(f"{count} {kind}" for kind, count in zip(self.KINDS, counts.tolist()))
-
     def count_skipped(self, device) -> dict:
-        """Log what all processes have skipped; {"unreadable": how many images}."""
-        counts = self.skipped.sum(dim=0).to(device)
+        """How much all processes have skipped."""
+        count = self.skipped.sum().to(device)
         if common.world_size() > 1:
-            dist.all_reduce(counts)
-        common.log(f"skipped in this run: {self.in_words(counts)}")
-        return {"unreadable": counts[self.KINDS.index("unreadable images")].item()}
+            dist.all_reduce(count)
+        common.log(f"skipped in this run, shards and what is in them: {count}")
+        return {"unreadable": count.item()}
 
 
 TAR = re.compile(r"\.(tar|tgz|tar\.\w+)$")
-DAMAGE = (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
 
 
 def import_webdataset():
@@ -855,26 +792,16 @@ def import_webdataset():
 
 
 def is_shards(where: str) -> bool:
-    """A name or a pattern of tar files, a command, an address; or a folder of tar files, unless it
-    has its images in train/, too, as ImageNet's may."""
-    if TAR.search(where) or where.startswith("pipe:") or "://" in where:
-        return True
-    return tars_in(Path(where)) != [] and not Path(where, "train").is_dir()
-
-
-def tars_in(folder: Path) -> list[str]:
-    if not folder.is_dir():
-        return []
-    return sorted(str(path) for path in folder.iterdir()
-                  if TAR.search(path.name) and not data.is_hidden(path.name))
+    """Whether it is a name or a pattern of tar files, a command, or an address."""
+    return bool(TAR.search(where)) or where.startswith("pipe:") or "://" in where
 
 
 def shard_names(where: str) -> list[str]:
-    """The shards of a folder, or of a pattern such as 'a/{000..123}.tar', several joined by "::".
+    """The shards of a pattern such as 'a/{000..123}.tar', several joined by "::".
     Raises UserError."""
     webdataset = import_webdataset()
     try:
-        names = tars_in(Path(where)) or webdataset.SimpleShardList(where).urls
+        names = webdataset.SimpleShardList(where).urls
     except (AssertionError, ValueError) as error:        # a brace left open, ${UNSET}
         raise common.UserError(f"--data {where}: {common.first_line(error)}") from error
     lost = [name for name in names
@@ -890,146 +817,88 @@ def captions_of(sample: dict) -> list[str]:
     """{ending: bytes} of one sample -> its captions: the lines of txt, else caption in json.
     Raises ValueError."""
     if "txt" in sample:
-        return cleaned(sample["txt"].decode().split("\n"))
-    about = json.loads(sample.get("json", b"{}"))
-    return cleaned(about.get("caption") if isinstance(about, dict) else None)
-
-
-def cleaned(texts) -> list[str]:
-    """A string, a list of strings, or something else -> strings on one line that are not empty.
-    Raises ValueError on half of a surrogate pair, which is no Unicode."""
-    if isinstance(texts, str):
-        texts = [texts]
-    if not isinstance(texts, list):
-        return []
-    texts = [" ".join(text.split()) for text in texts if isinstance(text, str)]
-    "".join(texts).encode()
+        texts = sample["txt"].decode().split("\n")
+    else:
+        about = json.loads(sample.get("json", b"{}"))
+        texts = [about.get("caption") if isinstance(about, dict) else None]
+    texts = [cleaned(text) for text in texts]
     return [text for text in texts if text]
+
+
+def cleaned(text) -> str:
+    """A string on one line, without halves of surrogate pairs, which are no Unicode; empty if it is
+    no string."""
+    if not isinstance(text, str):
+        return ""
+    return " ".join(text.encode(errors="replace").decode().split())
 
 
 # ----------------------------------------------------------------------------------------- tables
 def read_pairs(where: str, root: str) -> list[tuple[str, list[str]]]:
-    """(path of an image, its captions) of a table: .csv, .tsv, .jsonl, or .json with a list of
-    objects or COCO's captions. An image may have several rows. What is incomplete is left out and
-    counted. Raises UserError."""
-    text = read_text(where)
-    if where.endswith((".json", ".jsonl")):
-        try:
-            rows, unit = json_rows(where, text)
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise common.UserError(f"{where} holds neither objects with an image and a caption nor "
-                                   f"COCO's captions: {common.first_line(error)}") from error
-    else:
-        rows, unit = table_rows(where, text)
-    left_out = dict.fromkeys(("images without caption", "captions without image", "hidden files",
-                              "impossible paths", "rows that are no Unicode"), 0)
+    """(path of an image, its captions) of a table (.csv, .tsv) or of COCO's captions (.json). An
+    image may have several rows; rows without image or caption are left out. Raises UserError."""
+    rows = coco_rows(where) if where.endswith(".json") else table_rows(where)
     folder = Path(root) if root else Path(where).parent
     captions = {}
-    for image, texts in rows:
-        try:
-            texts = cleaned(texts)
-            path = str(folder / image) if image and isinstance(image, str) else ""
-            path.encode()
-        except ValueError:
-            left_out["rows that are no Unicode"] += 1
-            continue
-        if not path:
-            left_out["captions without image"] += len(texts)
-        elif data.is_hidden(os.path.basename(path)):
-            left_out["hidden files"] += 1
-        elif "\0" in path or len(path) > 4096:           # Linux has none longer
-            left_out["impossible paths"] += 1
-        else:
-            captions.setdefault(path, []).extend(texts)
-    pairs = [pair for pair in captions.items() if pair[1]]
-    left_out["images without caption"] = len(captions) - len(pairs)
-    counts = ", ".join(f"{count} {kind}" for kind, count in left_out.items())
-    total = sum(len(texts) for _, texts in pairs)
-    common.log(f"{where}: {unit} gave {total} pairs of {len(pairs)} images; left out: {counts}")
+    for image, caption in rows:
+        image = image.strip() if isinstance(image, str) else ""
+        caption = cleaned(caption)
+        if image and caption:
+            captions.setdefault(str(folder / image), []).append(caption)
+    pairs = list(captions.items())
+    count = sum(len(texts) for texts in captions.values())
+    common.log(f"{where}: {len(rows)} rows gave {count} pairs of {len(pairs)} images")
     if not pairs:
         raise common.UserError(f"no pair of image and caption in {where}")
     first = [path for path, _ in pairs[:100]]
-    if not any(os.path.isfile(path) for path in first):
+    if not any(Path(path).is_file() for path in first):
         raise common.UserError(f"none of the first {len(first)} images of {where} is there, e.g. "
                                f"{first[0]}; --image-root says what its paths start from")
     return pairs
 
 
 def read_text(path: str) -> str:
-    """A file's text. Raises UserError, with the line, if it is not UTF-8."""
+    """A file's text. Raises UserError."""
     try:
-        return Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").decode()
-    except OSError as error:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
         raise common.UserError(f"{path} cannot be read: {common.first_line(error)}") from error
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise common.UserError(f"{path} is not UTF-8: byte {error.object[error.start]:#x} in line "
-                               f"{line}") from error
 
 
-def table_rows(where: str, text: str) -> tuple[list, str]:
-    """(image, caption) of the rows of a table with a title row, by tabs or commas, and how many
-    lines it has. Raises UserError.
-
-    By tabs: quotes are plain characters, unless all of them are balanced."""
-    lines = text.count("\n") + (not text.endswith("\n"))
-    by_tabs = "\t" in text.partition("\n")[0]
-    options = {"delimiter": "\t" if by_tabs else ",", "strict": True}
-    if by_tabs:
-        try:
-            for _ in csv.reader(io.StringIO(text, newline=""), **options):
-                pass
-        except csv.Error:
-            options["quoting"] = csv.QUOTE_NONE
+def table_rows(where: str) -> list[tuple]:
+    """(image, caption) of the rows of a table with a header, by commas, or by tabs, where quotes
+    are plain characters. Raises UserError."""
+    csv.field_size_limit(2 ** 31 - 1)                    # other columns may be long
+    text = read_text(where)
+    options = {"strict": True}                           # a quote left open is an error
+    if "\t" in text.partition("\n")[0]:
+        options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     table = csv.DictReader(io.StringIO(text, newline=""), **options)
-    rows = []
-    line = 1                                             # where a row begins
     try:
         names = [name.strip().lower() for name in table.fieldnames or []]
-        if not set(names) & set(IMAGE_COLUMNS) or not set(names) & set(TEXT_COLUMNS):
+        image = next((name for name in IMAGE_COLUMNS if name in names), None)
+        caption = next((name for name in TEXT_COLUMNS if name in names), None)
+        if not image or not caption:
             raise common.UserError(f"{where} has the columns {names}; one of {IMAGE_COLUMNS} and "
                                    f"one of {TEXT_COLUMNS} are needed")
         table.fieldnames = names
-        line = table.line_num + 1
-        for row in table:
-            rows.append((first_of(row, IMAGE_COLUMNS), first_of(row, TEXT_COLUMNS)))
-            line = table.line_num + 1
-    except csv.Error as error:
-        raise common.UserError(f"{where}: the row that begins in line {line} has a quote that is "
-                               f"not closed where the field ends ({error})") from error
-    return rows, f"{lines} lines"
+        return [(row[image], row[caption]) for row in table]
+    except csv.Error as error:                           # line_num: of the last good row
+        raise common.UserError(f"{where}: the row that begins in line {table.line_num + 1}: "
+                               f"{error}") from error
 
 
-def json_rows(where: str, text: str) -> tuple[list, str]:
-    """(image, caption or captions) of a .jsonl, of a list of objects, or of COCO's captions:
-    {"images": [{id, file_name}], "annotations": [{image_id, caption}]}, and how many there are."""
-    if where.endswith(".jsonl"):
-        objects = []
-        for i, line in enumerate(text.split("\n"), 1):
-            if not line.strip():
-                continue
-            try:
-                objects.append(json.loads(line))
-            except ValueError as error:
-                raise common.UserError(f"{where}: line {i} is no JSON ({error})") from error
-    else:
-        objects = json.loads(text)
-    if isinstance(objects, dict):
-        names = {image["id"]: image["file_name"] for image in objects["images"]}
-        annotations = objects["annotations"]
-        rows = [(names.get(each["image_id"]), each["caption"]) for each in annotations]
-        rows += [(name, None) for name in names.values()]                # some have no caption
-        return rows, f"{len(annotations)} annotations"
-    rows = []
-    for each in objects:
-        row = {name.strip().lower(): value for name, value in each.items()}
-        rows.append((first_of(row, IMAGE_COLUMNS), first_of(row, TEXT_COLUMNS)))
-    return rows, f"{len(rows)} objects"
-
-
-def first_of(row: dict, names: tuple):
-    """The value of the first of these columns that a row has."""
-    return next((row[name] for name in names if name in row), None)
+def coco_rows(where: str) -> list[tuple]:
+    """(image, caption) of COCO's captions, {"images": [{id, file_name}], "annotations": [{image_id,
+    caption}]}. Raises UserError."""
+    text = read_text(where)
+    try:
+        coco = json.loads(text)
+        names = {image["id"]: image["file_name"] for image in coco["images"]}
+        return [(names.get(each["image_id"]), each["caption"]) for each in coco["annotations"]]
+    except (ValueError, LookupError, TypeError) as error:
+        raise common.UserError(f"{where} does not hold COCO's captions: "
+                               f"{common.first_line(error)}") from error
 
 
 # ------------------------------------------------------------------------------ classes and shapes
@@ -1101,12 +970,11 @@ def open_shapes(cfg: Config, tokenizer: Tokenizer) -> Source:
     knn_train = data.ImageDataset(train_images, train["shape"])
     knn_test = data.ImageDataset(test_images, test["shape"])
     splits = data.Splits(training, knn_train, knn_test, list(data.SHAPES))
+    templates = range(len(data.CAPTIONS))
     prompts = []
-    for color in data.COLORS:
-        article = "an" if color == "orange" else "a"
-        for shape in data.SHAPES:
-            prompts.append([template.format(a=article, color=color, shape=shape)
-                            for template in data.CAPTIONS])
+    for color in range(len(data.COLORS)):
+        for shape in range(len(data.SHAPES)):
+            prompts.append(data.captions_of(templates, [color] * 4, [shape] * 4).tolist())
     return Source(splits, retrieval, labelled, prompts, held_out)
 
 
@@ -1115,7 +983,7 @@ def open_shapes(cfg: Config, tokenizer: Tokenizer) -> Source:
 def text_features(model: FLIP, texts, tokenizer: Tokenizer, device):
     """n texts -> (n, E)."""
     parts = [texts[i:i + 500] for i in range(0, len(texts), 500)]
-    return torch.cat([model.encode_text(tokenizer.all(part).to(device)) for part in parts])
+    return torch.cat([model.encode_text(tokenizer.encode_batch(part).to(device)) for part in parts])
 
 
 def class_features(model: FLIP, prompts, tokenizer: Tokenizer, device):
@@ -1127,12 +995,10 @@ def class_features(model: FLIP, prompts, tokenizer: Tokenizer, device):
     return F.normalize(means, dim=-1)
 
 
-def recall(similarity, truth, ks=(1, 5, 10)) -> list[float]:
-    """similarity (n, m), truth (n, m) bool: in percent, for how many rows one of the k most similar
-    is true."""
-    order = similarity.topk(min(max(ks), similarity.shape[1]), dim=1).indices  # (n, at most 10)
-    hits = truth.gather(1, order)
-    return [100 * hits[:, :k].any(dim=1).float().mean().item() for k in ks]
+def recall(hits) -> list[float]:
+    """hits (n, 10) bool: whether each of the ten nearest, nearest first, is right -> in percent,
+    how many rows have a right one among the nearest 1, 5 and 10."""
+    return [100 * hits[:, :k].any(dim=1).float().mean().item() for k in (1, 5, 10)]
 
 
 def score_zero_shot(model: FLIP, source: Source, tokenizer, options: dict) -> dict:
@@ -1161,12 +1027,13 @@ def score_retrieval(model: FLIP, pairs: Pairs, tokenizer, options: dict) -> dict
     images, numbers = data.features(model.encode_image, pairs, **options)              # (n, E)
     captions = [pairs.texts(number) for number in numbers.tolist()]
     texts = [text for of_image in captions for text in of_image]
-    owner = [i for i, of_image in enumerate(captions) for _ in of_image]
-    truth = torch.tensor(owner) == torch.arange(len(images)).unsqueeze(1)              # (n, m)
-    truth = truth.to(device)
-    similarity = images @ text_features(model, texts, tokenizer, device).T             # (n, m)
-    recalls = {"image_to_text": recall(similarity, truth),
-               "text_to_image": recall(similarity.T, truth.T)}
+    image_of = [i for i, of_image in enumerate(captions) for _ in of_image]
+    image_of = torch.tensor(image_of, device=device).unsqueeze(1)                      # (m, 1)
+    features = text_features(model, texts, tokenizer, device)                          # (m, E)
+    _, nearest = data.nearest_neighbors(images, features, 10)                          # (n, 10)
+    is_own = image_of[nearest, 0] == torch.arange(len(images), device=device).unsqueeze(1)
+    _, nearest = data.nearest_neighbors(features, images, 10)                          # (m, 10)
+    recalls = {"image_to_text": recall(is_own), "text_to_image": recall(nearest == image_of)}
     scores = {}
     figures = []
     for name, values in recalls.items():
@@ -1218,14 +1085,17 @@ def sample_pairs(source: Source, cfg: Config, tokenizer: Tokenizer, device):
     shown = source.retrieval or source.labelled
     if shown is None:
         return None
-    count = min(8, len(shown))
-    rows = np.linspace(0, len(shown) - 1, count).astype(int)     # data.sample_images's choice
+    shown = shown.with_transform(data.CenterCrop(cfg.image_size))
+    chosen = np.linspace(0, len(shown) - 1, min(8, len(shown))).astype(int)
+    images = []
     texts = []
-    for row in rows:
+    for i in chosen:
+        image, _, row = shown[0, i]                      # row: another one, if i is unreadable
+        images.append(image)
         of_image = shown.texts(row) if source.retrieval else source.prompts[shown.labels[row]]
         texts.append(of_image[0])
-    images = data.sample_images(shown, cfg.image_size, count, device)
-    return images, texts, tokenizer.all(texts).to(device)
+    images = data.to_device(torch.stack(images), device)
+    return images, texts, tokenizer.encode_batch(texts).to(device)
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ B batch, N patches, K visible, M = N - K masked, D width, E decoder width, P pat
     python mae.py                                     # synthetic shapes, no download:
         linear probe, 8 classes, mean of seeds 0 to 4: trained 60.2 % (57.0 to 62.1), untrained
         28.9 %, pixels 19.9 % (tests/measure/results.md)
-    python mae.py --data FOLDER --model small         # your own images
+    python mae.py --data FOLDER                       # your own images
     torchrun --nproc_per_node=8 mae.py --data imagenet --data-root /where/imagenet/is
 
 Difference from the released code: the decoder keeps visible tokens first and masked ones last, each
@@ -88,7 +88,8 @@ SIZES = {                                                # width, depth, heads
 PAPER = dict(image_size=224, patch_size=16, crop_scale=0.2, mask_ratio=0.75,   # sections 3, 4.1
              decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16,     # table 1, code
              batch_size=4096, epochs=800, warmup_epochs=40, base_lr=1.5e-4,    # table 8
-             weight_decay=0.05, workers=12)
+             weight_decay=0.05, workers=12,
+             norm_pix=True)                                            # as the models were released
 SMALL = PAPER | dict(model="tiny", decoder_embed_dim=128, decoder_depth=2, decoder_num_heads=4,
                      batch_size=1024, epochs=400, warmup_epochs=20, workers=8)         # ours
 PRESETS = {
@@ -132,7 +133,7 @@ def sincos_positions(dim: int, grid: tuple[int, int]):
     """Fixed sine-cosine table (1, 1 + N, dim); the class token's row 0 is zero.
 
     The first half of the width encodes the column, the second the row: [sin | cos] of coordinate
-    times 10000^(-i / (dim/4)). (The names in the released code suggest the opposite order.)"""
+    times 10000^(-i / (dim/4)). (The names in MAE's code suggest the opposite order.)"""
     omega = 10000.0 ** (-np.arange(dim // 4) / (dim // 4))                     # (dim/4,)
     row, column = np.indices(grid).reshape(2, -1, 1)                           # (N, 1) each
     column_angle = column * omega                                              # (N, dim/4)
@@ -213,7 +214,7 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
 
     def init_weights(self):
-        """Xavier-uniform matrices, linear layers' biases 0, tokens N(0, 0.02) (released code)."""
+        """Xavier-uniform matrices, linear layers' biases 0, tokens N(0, 0.02) (MAE's code)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -408,8 +409,6 @@ def train(cfg: Config) -> dict:
             save_visualization(model, samples, sample_noise, run.folder / "reconstruction.png")
 
     run.save_encoder(model)
-    if common.rank() == 0:                               # --max-steps or a kill left an older one
-        save_visualization(model, samples, sample_noise, run.folder / "reconstruction.png")
     encoders = {"pixels": data.small_pixels,
                 "trained": data.mean_patch_token(model),
                 "untrained": data.mean_patch_token(build(cfg).to(device))}

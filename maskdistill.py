@@ -170,7 +170,7 @@ def sincos_positions(dim: int, grid: tuple[int, int]):
     """Fixed sine-cosine table (1, 1 + N, dim); the class token's row 0 is zero.
 
     The first half of the width encodes the column, the second the row: [sin | cos] of coordinate
-    times 10000^(-i / (dim/4)). (The names in the released code suggest the opposite order.)"""
+    times 10000^(-i / (dim/4)). (The names in MAE's code suggest the opposite order.)"""
     omega = 10000.0 ** (-np.arange(dim // 4) / (dim // 4))                     # (dim/4,)
     row, column = np.indices(grid).reshape(2, -1, 1)                           # (N, 1) each
     column_angle = column * omega                                              # (N, dim/4)
@@ -346,7 +346,7 @@ class VisionTransformer(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
-            elif p.ndim > 1 and not name.startswith(("pos_embed", "rel_pos_bias")):
+            elif p.ndim > 1 and not name.startswith("rel_pos_bias"):
                 nn.init.trunc_normal_(p, std=std, a=-std, b=std)
         for layer, block in enumerate(self.blocks, start=1):
             block.attn.proj.weight.data.div_((2 * layer) ** 0.5)
@@ -394,7 +394,7 @@ def block_masking(noise, grid: tuple[int, int], num_masked: int, min_block: int)
     for t in range(tries.shape[1]):
         u_area, u_shape, u_top, u_left = tries[:, t].unbind(1)                 # (B, 1) each
         area = min_block + u_area * (missing - min_block)
-        side = area.clamp(min=0).sqrt()                  # of a square of that area
+        side = area.sqrt()                               # of a square of that area
         stretch = 0.3 ** (u_shape - 0.5)                 # height / width is from 0.3 to 1 / 0.3
         height = (side * stretch).round()
         width = (side / stretch).round()
@@ -437,7 +437,8 @@ def normalize_target(features, kind: str):
 
 
 def distillation_loss(prediction, target, kind: str, beta: float):
-    """Mean over tokens and channels of (B, M, E) each; cosine: over tokens of 1 - cosine."""
+    """prediction, target (B, M, E) -> the mean over tokens and channels; cosine: the mean over
+    tokens of 1 - cosine."""
     if kind == "smooth_l1":
         return F.smooth_l1_loss(prediction, target, beta=beta)
     if kind == "l2":
@@ -461,8 +462,8 @@ class MaskDistill(VisionTransformer):
         self.beta = beta
         h, w = self.grid
         self.num_masked = int(h * w * mask_ratio)                              # M
-        # four numbers for each of 6 + h tries (more would change nothing up to a ratio of 0.6), and
-        # one for each patch
+        # four numbers for each of 6 + h tries (with more, one mask in a hundred would differ at a
+        # ratio of 0.4), and one for each patch
         self.noise_width = 4 * (6 + h) + h * w
         self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.distill_head = nn.Linear(embed_dim, target_dim)
@@ -591,9 +592,6 @@ def train(cfg: Config) -> dict:
                                run.folder / "similarity.png")
 
     run.save_encoder(model)
-    if common.rank() == 0:                               # --max-steps or a kill left an older one
-        save_visualization(model, samples, teacher(samples), sample_noise,
-                           run.folder / "similarity.png")
     encoders = {"pixels": data.small_pixels,
                 "trained": data.mean_patch_token(model),
                 "untrained": data.mean_patch_token(build(cfg, target_dim).to(device))}
@@ -619,8 +617,8 @@ def open_teacher(cfg: Config, device):
         return lambda images: hog(images, patch_size), 2 * 2 * 3 * 9
     if cfg.teacher == "momentum":
         return None, cfg.embed_dim
-    if cfg.teacher == "self":                            # with torch's own initial values; `train`
-        torch.manual_seed(cfg.seed)                      # teaches it the labels
+    if cfg.teacher == "self":                            # untrained; `train` teaches it the labels
+        torch.manual_seed(cfg.seed)
         teacher = Teacher(VisionTransformer(cfg.image_size, patch_size, **SELF_TEACHER))
     else:
         teacher = load_teacher(cfg.teacher, (side, side))
@@ -630,7 +628,7 @@ def open_teacher(cfg: Config, device):
 def hog(images, patch_size: int, bins: int = 9):
     """MaskFeat's target, histograms of oriented gradients: (B, C, H, W) -> (B, N, 2*2*C*bins).
 
-    Each patch is 2 x 2 cells. In each cell and colour, every pixel votes for the direction of its
+    Each patch is 2 x 2 cells. In each cell and color, every pixel votes for the direction of its
     gradient (half a turn, in `bins` bins) with the gradient's length, and the votes get unit norm.
     Unlike MaskFeat's: plain differences of neighbours, no Gaussian window."""
     B, C, H, W = images.shape

@@ -121,6 +121,7 @@ PRESETS = {
     "shapes": {},                                                        # the defaults above; ours
     "cifar10": SMALL | dict(image_size=32, patch_size=4),                                   # ours
     "cifar100": SMALL | dict(image_size=32, patch_size=4),                                  # ours
+    "stl10": SMALL | dict(image_size=96, patch_size=12),                                    # ours
     "tiny-imagenet": SMALL | dict(image_size=64, patch_size=8),                             # ours
     "imagenet": RECIPE | dict(model="base"),
     "folder": SMALL | dict(model="small", image_size=224, patch_size=16, decoder_embed_dim=192,
@@ -157,7 +158,7 @@ def sincos_positions(dim: int, grid: tuple[int, int]):
     """Fixed sine-cosine table (1, 1 + N, dim); the class token's row 0 is zero.
 
     The first half of the width encodes the column, the second the row: [sin | cos] of coordinate
-    times 10000^(-i / (dim/4)). (The names in the released code suggest the opposite order.)"""
+    times 10000^(-i / (dim/4)). (The names in MAE's code suggest the opposite order.)"""
     omega = 10000.0 ** (-np.arange(dim // 4) / (dim // 4))                     # (dim/4,)
     row, column = np.indices(grid).reshape(2, -1, 1)                           # (N, 1) each
     column_angle = column * omega                                              # (N, dim/4)
@@ -238,7 +239,7 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
 
     def init_weights(self):
-        """Xavier-uniform matrices, linear layers' biases 0, tokens N(0, 0.02) (released code)."""
+        """Xavier-uniform matrices, linear layers' biases 0, tokens N(0, 0.02) (MAE's code)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -561,18 +562,15 @@ def train(cfg: Config) -> dict:
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % steps_per_epoch == 0:
-            log_losses(run, step + 1, losses)
+            write_losses(run, step + 1, losses)
         run.end_step(step, step_loss, lr, score)
-        if run.scores and writes_image:                  # an image whenever it is scored
+        if writes_image and (run.scores or step + 1 == run.last_step):
             save_visualization(model, samples, sample_noise, centers,
                                run.folder / "reconstruction.png")
 
     model.eval()
     run.save_encoder(model)
     save_classifier(run, model)
-    if writes_image:                                     # --max-steps or a kill left an older one
-        save_visualization(model, samples, sample_noise, centers,
-                           run.folder / "reconstruction.png")
     scores = run.scores or score()                       # None if the last step was not scored
     untrained = build(cfg, classes).to(device).eval()
     encoders = {"pixels": data.small_pixels,
@@ -598,7 +596,7 @@ def score_classifier(model: SupMIM, test: data.ImageDataset, cfg: Config, device
     return scores
 
 
-def log_losses(run, step: int, losses):
+def write_losses(run, step: int, losses):
     """Write the epoch's means of both losses (2,), those of the first process, and start anew."""
     class_loss, masked_loss = losses.tolist()
     run.write(step=step, class_loss=class_loss, masked_loss=masked_loss)

@@ -392,14 +392,19 @@ def test_map_lift():
     assert amt.map_lift(maps, objects) > 10
 
 
-def test_share_of_the_objects_that_is_masked():
-    maps = torch.zeros(2000, 16, dtype=torch.uint8)
-    objects = torch.zeros(2000, 16)
+@pytest.mark.parametrize("base, masked", [("mae", 28), ("simmim", 32)])       # of 64 patches
+def test_share_of_the_objects_that_is_masked(base, masked):
+    """SimMIM masks squares of four patches, and rounds up."""
+    model = amt.build(tiny(base=base, image_size=32, mask_unit=8))
+    maps = torch.zeros(2000, 64, dtype=torch.uint8)
+    objects = torch.zeros(2000, 64)
     objects[:, 3] = 1
-    at_random = amt.masked_object_share(maps, objects, 0.45)                   # 7 of 16
-    assert at_random == pytest.approx(7 / 16, abs=0.03)
+    share, at_random = amt.masked_object_share(model, maps, objects)
+    assert at_random == masked / 64
+    assert share == pytest.approx(at_random, abs=0.04)
     maps[:, 3] = 255
-    assert amt.masked_object_share(maps, objects, 0.45) > 0.99
+    share, _ = amt.masked_object_share(model, maps, objects)
+    assert share > 0.98
 
 
 # ------------------------------------------------------------------------------------- whole runs
@@ -458,13 +463,16 @@ def test_which_image_is_drawn(small, unscored, monkeypatch):
     drawn = []
     monkeypatch.setattr(amt, "save_visualization", lambda *given: drawn.append(given[3:5]))
     amt.train(tiny(output="run", max_steps=4))           # an epoch
-    assert drawn == [((0.75, 0.0), False)] * 2
+    assert drawn == [((0.75, 0.0), False)]
+    drawn.clear()
+    amt.train(tiny(output="run", max_steps=6))           # one and a half
+    assert drawn == [((0.45, 0.4), True)]
     drawn.clear()
     amt.train(tiny(output="run"))
-    assert drawn == [((0.45, 0.4), True)] * 3
+    assert drawn == [((0.45, 0.4), True)] * 2
     drawn.clear()
     amt.train(tiny(output="uniform", sampling="uniform"))
-    assert drawn == [((0.75, 0.0), False)] + [((0.45, 0.4), False)] * 3
+    assert drawn == [((0.75, 0.0), False)] + [((0.45, 0.4), False)] * 2
 
 
 def test_init_and_what_is_exported(small, unscored, monkeypatch):

@@ -67,7 +67,7 @@ CASES = {                                                # script, arguments
 }
 # Functions of the scripts that make data sets; that run once an epoch or less; that are left out.
 REAL = {"flip": ["open_source"], "evaluate": ["open_masked_images"]}
-MAY_WAIT = {"amt": ["refresh_maps", "log_refresh"], "supmim": ["log_losses"]}
+MAY_WAIT = {"amt": ["refresh_maps", "log_refresh"], "supmim": ["write_losses"]}
 LEFT_OUT = {"evaluate": ["digest"]}
 
 

@@ -364,9 +364,11 @@ def test_weights_at_the_start():
 
 # ------------------------------------------------------------------ zero-shot accuracy, retrieval
 def test_recall_by_hand():
-    similarity = torch.tensor([[0.9, 0.1, 0.5], [0.2, 0.3, 0.4]])
-    truth = torch.tensor([[False, True, False], [False, True, True]])
-    assert flip.recall(similarity, truth, (1, 2, 3)) == [50.0, 50.0, 100.0]
+    hits = torch.zeros(4, 10, dtype=torch.bool)
+    hits[0, [0, 7]] = True
+    hits[1, 4] = True
+    hits[2, 5] = True
+    assert flip.recall(hits) == [25.0, 50.0, 75.0]
 
 
 @torch.no_grad()
@@ -375,7 +377,7 @@ def test_class_features():
     tokenizer = Tokenizer("", 12)
     features = flip.class_features(model, [["a ring"], ["a bar", "the bar"]], tokenizer, "cpu")
     torch.testing.assert_close(features.norm(dim=1), torch.ones(2))
-    one, two, three = model.encode_text(tokenizer.all(["a ring", "a bar", "the bar"]))
+    one, two, three = model.encode_text(tokenizer.encode_batch(["a ring", "a bar", "the bar"]))
     torch.testing.assert_close(features, torch.stack([one, F.normalize(two + three, dim=0)]))
 
 

@@ -193,11 +193,13 @@ def test_exported_encoder_is_a_vit_in_timms_names(photos, unscored):
 
 
 def test_what_is_written_before_anything_is_scored(photos, monkeypatch):
-    """encoder.pt and the image of the last weights, which a kill may have left old or cut off."""
+    """The image of the last weights, also in the middle of an epoch, and encoder.pt, which a kill
+    may have prevented."""
     monkeypatch.setattr(data, "score_encoders", lambda *_: {})
+    mae.train(tiny(output="run", max_steps=1))
+    early = Path("run/reconstruction.png").read_bytes()
     mae.train(tiny(output="run"))
-    good = Path("run/reconstruction.png").read_bytes()
-    Path("run/reconstruction.png").write_bytes(good[:100])
+    assert Path("run/reconstruction.png").read_bytes() != early
     Path("run/encoder.pt").unlink()
 
     def stop(*_):
@@ -206,7 +208,6 @@ def test_what_is_written_before_anything_is_scored(photos, monkeypatch):
     monkeypatch.setattr(data, "score_encoders", stop)
     with pytest.raises(KeyboardInterrupt):
         mae.train(tiny(output="run"))
-    assert Path("run/reconstruction.png").read_bytes() == good
     assert Path("run/encoder.pt").exists()
 
 

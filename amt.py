@@ -70,7 +70,7 @@ import data
 @dataclass
 class Config(common.RunConfig):
     model: Literal["micro", "tiny", "small", "base", "large", "huge"] = "micro"  # size of the encoder, see SIZES
-    init: str = ""                # MAE weights to start from: a released file or a checkpoint of ours; simmim: encoder.pt
+    init: str = ""                # MAE weights to start from: released or of ours; simmim: an encoder.pt
     image_size: int = 28          # side of the square input in pixels
     patch_size: int = 4           # side of a patch in pixels
     decoder_embed_dim: int = 32   # mae: width E of the decoder

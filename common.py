@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import dataclasses
 import datetime
-import difflib
 import hashlib
 import inspect
 import io
@@ -17,7 +16,7 @@ import itertools
 import json
 import math
 import os
-import pathlib
+import pickle
 import re
 import sys
 import time
@@ -249,10 +248,6 @@ def check(cfg):
     for name in ("embed_dim", "decoder_embed_dim"):      # sine and cosine of a row and of a column
         if settings.get(name, 0) % 4:
             raise UserError(f"{name} is {settings[name]}, it must be a multiple of 4")
-    both_sizes = {"image_size", "patch_size"} <= settings.keys()
-    if both_sizes and cfg.image_size // cfg.patch_size > 256:
-        raise UserError(f"image_size {cfg.image_size} has more than 256 x 256 patches of "
-                        f"{cfg.patch_size} pixels")
     if settings.get("warmup_epochs", 0) >= settings.get("epochs", math.inf):
         raise UserError(f"warmup_epochs is {cfg.warmup_epochs:g}, it must be less than epochs, "
                         f"{cfg.epochs}")
@@ -287,12 +282,7 @@ def parse_config(config_class, presets: dict, argv=None, description: str = ""):
                     argument_default=argparse.SUPPRESS,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser, config_class, presets[name])
-    explicit, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flags = parser._option_string_actions
-        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
-        hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
-        raise UserError(f"unknown argument {unknown[0]}; {hint}")
+    explicit = parser.parse_args(argv)
     settings = {**presets[name], **vars(explicit), "preset": name}
     if hasattr(config_class, "warmup_epochs") and "warmup_epochs" not in explicit:
         epochs = settings.get("epochs", config_class.epochs)
@@ -338,9 +328,8 @@ def plan_steps(cfg, images: int) -> int:
                         f"{world_size()} processes x --accumulate {cfg.accumulate}; "
                         f"try --batch-size {fitting}")
     if images < cfg.batch_size:
-        fitting = images // micro_batches * micro_batches
-        raise UserError(f"{images} images make no batch of {cfg.batch_size}; "
-                        f"use --batch-size {fitting} or less")
+        raise UserError(f"{images} images make no batch of {cfg.batch_size}; use a smaller "
+                        "--batch-size")
     steps = images // cfg.batch_size
     log(f"global batch {cfg.batch_size} = {cfg.batch_size // micro_batches} per process x "
         f"{cfg.accumulate} accumulation x {world_size()} processes; "
@@ -440,22 +429,6 @@ def sync_on_last(network, i: int, accumulate: int):
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")       # of wrapped modules
 
 
-def harmless_classes() -> list:
-    """What official checkpoints hold beside tensors: flags, numbers, arrays, paths. They run
-    nothing when they are loaded."""
-    names = {}
-    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):        # numpy 1 and 2
-        names[f"{module}.scalar"] = np.float64(0).__reduce__()[0]
-        names[f"{module}._reconstruct"] = np.zeros(0).__reduce__()[0]
-    for module in ("pathlib", "pathlib._local"):                              # Python 3.12 and 3.13
-        names[f"{module}.PosixPath"] = pathlib.PurePosixPath
-        names[f"{module}.WindowsPath"] = pathlib.PureWindowsPath
-    dtypes = [getattr(np.dtypes, name) for name in np.dtypes.__all__]
-    named = [(cls, name) for name, cls in names.items()]
-    paths = [pathlib.PurePosixPath, pathlib.PureWindowsPath]
-    return [argparse.Namespace, np.dtype, np.ndarray, *paths, *dtypes, *named]
-
-
 def check_archive(path) -> list[str]:
     """The names in a zip archive as torch.save writes it. Raises ValueError if a checksum, which
     torch.load does not verify, is wrong. Older files are no archives and have no names."""
@@ -476,22 +449,16 @@ def read_file(path, torchscript: tuple = ()) -> dict:
     path = Path(path)
     if not path.is_file():                               # nor is a named pipe a file
         raise UserError(f"no file {path}")
+    head = b""
     try:
         with open(path, "rb") as file:
-            head = file.read(200).lstrip().lower()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    if head.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path} is a Git LFS pointer, not the file it stands for: git lfs pull")
-    if head.startswith((b"<!doctype", b"<html")):
-        raise UserError(f"{path} is an HTML page, not the file it should be: download it again")
-    try:
+            head = file.read(20)
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file      # an optional package
             return load_file(path)
         if any(name.endswith("/constants.pkl") for name in check_archive(path)):
             return read_torchscript(path, torchscript)
-        with torch.serialization.safe_globals(harmless_classes()):
+        with torch.serialization.safe_globals([argparse.Namespace]):           # of flags
             return dict(torch.load(path, map_location="cpu", weights_only=True))
     except (UserError, MemoryError):
         raise
@@ -502,8 +469,9 @@ def read_file(path, torchscript: tuple = ()) -> dict:
         if refused:
             raise UserError(f"{path} holds a {refused[1]}; only tensors and plain values are "
                             "loaded, since others could run a program") from error
-        details = re.search(r"WeightsUnpickler error: (.+)", str(error))
-        reason = details[1] if details else first_line(error)
+        reason = first_line(error)
+        if isinstance(error, pickle.UnpicklingError):    # it advises to load the file unsafely
+            reason = f"it begins with {head!r}"
         raise UserError(f"{path} is no file of weights: {reason}") from error
 
 
@@ -550,16 +518,19 @@ def load_weights(module, path, optional: tuple = (), weights: dict | None = None
     Returns what was left out. Raises UserError unless all other names and all shapes are equal."""
     if weights is None:
         _, weights = read_weights(path)
-    def not_allowed(names, other):                       # of those that `other` lacks
-        if any(name.startswith(tuple(optional)) for name in other):
-            return names                                 # it has a part of the optional parts
-        return {name for name in names if not name.startswith(tuple(optional))}
+
+    def is_optional(name):
+        return name.startswith(tuple(optional))
 
     own = module.state_dict()
     missing = own.keys() - weights.keys()
     left_out = weights.keys() - own.keys()
-    required = not_allowed(missing, weights)
-    unexpected = not_allowed(left_out, own)
+    required = missing
+    unexpected = left_out
+    if not any(is_optional(name) for name in weights):   # the file has none of these parts
+        required = {name for name in missing if not is_optional(name)}
+    if not any(is_optional(name) for name in own):       # the module has none of them
+        unexpected = {name for name in left_out if not is_optional(name)}
     advice = "check --model, --patch-size and the like"
     if required or unexpected:
         raise UserError(f"{path} does not fit: missing {listed(required)}, unexpected "
@@ -610,9 +581,7 @@ def resize_positions(table, grid: tuple[int, int]):
     if rows == grid[0] * grid[1]:
         return table
     if side * side != rows or rows < 1:
-        without_cls = math.isqrt(rows + 1) ** 2 == rows + 1
-        raise ValueError("has no row for the class token" if without_cls else
-                         f"has {rows} rows for patches, which are no square grid")
+        raise ValueError(f"has {rows} rows besides the class token's, which are no square grid")
     patches = table[:, 1:].float().transpose(1, 2).unflatten(2, (side, side))  # (1, D, n, n)
     patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
     patches = patches.flatten(2).transpose(1, 2)                               # (1, h*w, D)
@@ -639,8 +608,6 @@ def resize_relative_positions(table, grid: tuple[int, int]):
 MAY_DIFFER = {"output", "data_root", "preset", "workers", "accumulate", "compile", "resume",
               "max_steps", "save_every", "device", "eval_every"}     # when a run is resumed
 ADVICE = "--output NEW_FOLDER starts another run, --no-resume sets this one aside"
-OPTIMIZER_STATE = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "SGD": ("momentum_buffer",),
-                   "LARS": ("momentum",)}
 
 
 def append_metrics(folder: Path, **values):
@@ -689,42 +656,6 @@ def lock_folder(folder: Path):
     return file
 
 
-def launch_id() -> str:
-    """The same for all restarts of one torchrun, another one for the next torchrun."""
-    return f"{os.environ.get('TORCHELASTIC_RUN_ID', '')} {os.getppid()}"
-
-
-def checkpoint_fault(state: dict, run) -> str:
-    """Why a checkpoint cannot be this run's although its file could be read; empty: it can.
-
-    A fused optimizer would crash the process on a state of another shape."""
-    step = state["step"]
-    losses = state["epoch_losses"]
-    if type(step) is not int or not 0 < step <= run.total_steps:
-        return f"step {step!r} of {run.total_steps}"
-    if type(state["log_bytes"]) is not int or state["log_bytes"] < 0:
-        return f"{state['log_bytes']!r} bytes of log"
-    if len(losses) != step % run.steps_per_epoch or not all(type(x) is float for x in losses):
-        return f"{len(losses)} losses of an epoch at step {step % run.steps_per_epoch}"
-    wanted = {("model", name): value for name, value in run.model.state_dict().items()}
-    saved = {("model", name): value for name, value in state["model"].items()}
-    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
-    states = state["optimizer"]["state"]
-    names = OPTIMIZER_STATE.get(type(run.optimizer).__name__, states[0])       # else as the first
-    for i, parameter in enumerate(parameters):
-        for name in names:
-            wanted["optimizer", i, name] = torch.zeros(()) if name == "step" else parameter
-    for i, values in states.items():
-        for name, value in values.items():
-            saved["optimizer", i, name] = value
-    if wanted.keys() != saved.keys():
-        return f"other tensors: {sorted(wanted.keys() ^ saved.keys(), key=str)[:3]}"
-    for key, value in wanted.items():
-        if saved[key].shape != value.shape or saved[key].dtype != value.dtype:
-            return f"{key} is {saved[key].dtype} {list(saved[key].shape)}"
-    return ""
-
-
 class Run:
     """A run's folder (config.json, metrics.jsonl, checkpoint.pt, images), progress bar and end.
 
@@ -744,49 +675,38 @@ class Run:
         self.steps_per_epoch = steps_per_epoch
         self.total_steps = cfg.epochs * steps_per_epoch
         self.first_step = 0
+        self.log_bytes = 0                               # length of metrics.jsonl at that step
         self.last_step = min(cfg.max_steps or self.total_steps, self.total_steps)
         self.loss = None                                 # mean of the last logged interval
         self.epoch_losses = []                           # of the epoch's steps, as far as fetched
         self.unread_losses = []                          # of the steps since, still on the device
         self.scores = None                               # of the last step, if it was scored
         self.damaged = False                             # whether checkpoint.pt could not be read
-        self.saved = False                               # whether a checkpoint was written since
         self.interval_start = None                       # of images_per_s; None: the next step
         log("configuration: " + ", ".join(f"{name} {value}" for name, value in vars(cfg).items()))
         resume = self.open_folder()
-        state = self.load() if resume else None
-        if state:
-            self.restore(state)
-        steps = [self.first_step] * world_size()
+        if resume:
+            self.load()
         if world_size() > 1:
+            steps = [None] * world_size()
             dist.all_gather_object(steps, self.first_step)
-        if len(set(steps)) > 1:
-            raise UserError(f"the processes see checkpoints of steps {sorted(set(steps))}; "
-                            "--output must be on a file system that all machines share")
+            if len(set(steps)) > 1:
+                raise UserError(f"the processes see checkpoints of steps {sorted(set(steps))}; "
+                                "--output must be on a file system that all machines share")
         if rank() == 0:
-            self.start_files(state)
+            self.start_files()
 
     def open_folder(self) -> bool:
         """Create and lock the folder; with --no-resume set an old one aside. Whether to resume."""
-        resume = [self.cfg.resume or self.restarted_by_torchrun()]
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        resume = self.cfg.resume or restarted            # torchrun's restart goes on
         if rank() == 0:
             with writing_to(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self.lock = lock_folder(self.folder)
-                if not resume[0] and any(p.name != "run.lock" for p in self.folder.iterdir()):
+                if not resume and any(p.name != "run.lock" for p in self.folder.iterdir()):
                     self.set_aside()
-        if world_size() > 1:
-            dist.broadcast_object_list(resume, 0)
-        return resume[0]
-
-    def restarted_by_torchrun(self) -> bool:
-        """Whether the folder is of this very launch, which torchrun started anew on a failure."""
-        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-            return False
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            about = json.loads((self.folder / "config.json").read_text())
-            return about.get("launch") == launch_id()
-        return False
+        return resume
 
     def set_aside(self):
         """Rename the folder to the first free one of FOLDER.1, FOLDER.2, ...; make a new one."""
@@ -800,29 +720,26 @@ class Run:
         self.folder.mkdir()
         self.lock = lock_folder(self.folder)
 
-    def load(self) -> dict | None:
-        """The newest checkpoint that can be read; None if there is none."""
+    def load(self):
+        """Restore the newest checkpoint that can be read, if there is one. Raises UserError."""
         paths = [self.folder / name for name in ("checkpoint.pt", "checkpoint.previous.pt")]
         paths = [path for path in paths if path.exists()]
         for path in paths:
             try:
-                if not path.is_file():
-                    raise ValueError("no regular file")
-                check_archive(path)
+                if not path.is_file() or not check_archive(path):
+                    raise ValueError("torch.save writes others")
                 state = torch.load(path, map_location="cpu", weights_only=True)
                 self.refuse_other_settings(path, state)
-                fault = checkpoint_fault(state, self)
+                self.restore(state)
+                return
             except (UserError, MemoryError):
                 raise
             except Exception as error:                   # zip, pickle or torch: as the damage is
-                fault = first_line(error)
-            if not fault:
-                return state
-            log(f"{path} is damaged or of other code ({fault}); trying the one before it")
-            self.damaged = self.damaged or path.name == "checkpoint.pt"
+                fault = " ".join(str(error).split())[:200]
+                log(f"{path} is damaged or of other code ({fault}); trying the one before it")
+                self.damaged = self.damaged or path.name == "checkpoint.pt"
         if paths:
             raise UserError(f"no checkpoint in {self.folder} can be read; {ADVICE}")
-        return None
 
     def refuse_other_settings(self, path: Path, state: dict):
         """Raises UserError, with what differs, on a checkpoint of other settings or data."""
@@ -841,29 +758,34 @@ class Run:
                             f"{ADVICE}")
 
     def restore(self, state: dict):
+        """Raises an exception of any kind if a checkpoint does not fit, be it of edited code."""
         groups = self.optimizer.state_dict()["param_groups"]     # ours: cfg decides, not the file
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
+        for parameter, values in self.optimizer.state.items():
+            for value in values.values():                # a fused optimizer would crash on others
+                if value.ndim and value.shape != parameter.shape:
+                    raise ValueError("a state of the optimizer has another shape")
         for name, tensor in self.tensors.items():
             tensor.copy_(state["tensors"][name])
         self.first_step = state["step"]
+        self.log_bytes = state["log_bytes"]
         self.loss = state["loss"]
         self.epoch_losses = state["epoch_losses"]
         log(f"going on from step {self.first_step} of {self.total_steps} (--no-resume starts anew)")
         if self.first_step >= self.last_step:
             log("these steps are done: no more training, only the scores again")
 
-    def start_files(self, state: dict | None):
+    def start_files(self):
         """Write config.json, and cut metrics.jsonl where the checkpoint was taken."""
         about = {"method": self.method, "config": vars(self.cfg), "processes": world_size(),
-                 "torch": torch.__version__, "device": str(self.device), "launch": launch_id()}
-        wanted = state["log_bytes"] if state else 0
+                 "torch": torch.__version__, "device": str(self.device)}
         with writing_to(self.folder):
             (self.folder / "config.json").write_text(json.dumps(about, indent=1) + "\n")
             with open(self.folder / "metrics.jsonl", "a") as file:
                 size = file.tell()
-                file.truncate(min(size, wanted))
-        if size < wanted:
+                file.truncate(min(size, self.log_bytes))
+        if size < self.log_bytes:
             log(f"{self.folder}/metrics.jsonl has lost lines since step {self.first_step}")
         try:                                             # an optional package
             from torch.utils.tensorboard import SummaryWriter
@@ -929,7 +851,6 @@ class Run:
                 self.write(step=done, **self.scores)
         if save and rank() == 0:
             self.save(done)
-        self.saved = self.saved or save
         self.interval_start = None                       # what follows may be no training
         return end
 
@@ -956,11 +877,9 @@ class Run:
         return speed
 
     def not_finite(self, what: str, lr: float) -> UserError:
-        state = f"the last good checkpoint stays in {self.folder}"
-        if self.first_step and not self.saved:
-            state = f"the checkpoint of step {self.first_step}, with which it began, may be bad too"
-        return UserError(f"{what}, learning rate {lr:.3g}; {state}. Try a lower --base-lr, a "
-                         "longer --warmup-epochs or --precision fp32, with another --output")
+        return UserError(f"{what}, learning rate {lr:.3g}; the last checkpoint stays in "
+                         f"{self.folder}. Try a lower --base-lr, a longer --warmup-epochs or "
+                         "--precision fp32, with another --output")
 
     def write(self, **values):
         """Append a line to metrics.jsonl, and its numbers to TensorBoard's events, if any."""

@@ -4,7 +4,7 @@ Whoever copies a method into a project with data of its own replaces this file: 
 data set whose items are (image uint8 (3, H, W), label, index), and what else it calls here.
 """
 
-import contextlib
+import collections
 import copy
 import functools
 import io
@@ -35,7 +35,6 @@ MEAN = (0.485, 0.456, 0.406)                             # ImageNet's, for every
 STD = (0.229, 0.224, 0.225)
 ENDINGS = datasets.folder.IMG_EXTENSIONS                 # .jpg, .png, ...: files taken for images
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM", "GIF")                # what Pillow may open
-MODES_8_BIT = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr", "LAB")
 BICUBIC = v2.InterpolationMode.BICUBIC
 
 
@@ -46,15 +45,17 @@ def decode(data: bytes) -> torch.Tensor:
     JPEG by torchvision, which is faster; other formats by Pillow. EXIF rotation is not applied and
     an alpha channel is dropped, as torchvision does. Of 16 bits a value the high byte is taken."""
     try:
-        if data[:2] == b"\xff\xd8":
-            check_size(*jpeg_size(data))
-            packed = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            return decode_jpeg(packed, mode=ImageReadMode.RGB)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")              # Pillow's, of large sizes and of palettes
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                check_size(image.width, image.height)
-                return to_rgb(image)
+            warnings.simplefilter("ignore")              # Pillow's, of palettes and the like
+            warnings.simplefilter("error", Image.DecompressionBombWarning)     # of large sizes
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:       # reads the header
+                if max(image.size) > 100 * min(image.size):
+                    raise OSError(f"{image.width} x {image.height} pixels: one side is more than "
+                                  "100 times the other")
+                if data[:2] != b"\xff\xd8":             # no JPEG
+                    return to_rgb(image)
+        packed = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        return decode_jpeg(packed, mode=ImageReadMode.RGB)
     except MemoryError:
         raise
     except UnidentifiedImageError as error:
@@ -64,32 +65,6 @@ def decode(data: bytes) -> torch.Tensor:
         raise OSError(f"{'other content' if data else 'an empty file'}, no {kinds}") from error
     except Exception as error:                           # a damaged file can raise nearly anything
         raise OSError(common.first_line(error)) from error
-
-
-def jpeg_size(data: bytes) -> tuple[int, int]:
-    """(width, height) in the header of a JPEG; Pillow takes as long as decoding a small one."""
-    position = 2
-    while position + 9 <= len(data):
-        marker = data[position + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):         # a start of frame
-            height = int.from_bytes(data[position + 5:position + 7], "big")
-            width = int.from_bytes(data[position + 7:position + 9], "big")
-            return width, height
-        if marker == 0xFF:                               # a byte of padding
-            position += 1
-        else:
-            position += 2 + int.from_bytes(data[position + 2:position + 4], "big")
-    raise ValueError("the file ends before the size of the image")
-
-
-def check_size(width: int, height: int):
-    """Raises OSError on sizes that would take too much memory, before anything is decoded."""
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit and width * height > limit:
-        raise OSError(f"{width} x {height} pixels are more than PIL.Image.MAX_IMAGE_PIXELS, "
-                      f"{limit}")
-    if max(width, height) > 100 * min(width, height):
-        raise OSError(f"{width} x {height} pixels: one side is more than 100 times the other")
 
 
 def to_rgb(image: Image.Image) -> torch.Tensor:
@@ -104,7 +79,7 @@ def to_rgb(image: Image.Image) -> torch.Tensor:
     bands = len(image.getbands())
     if image.format == "TIFF":                           # Pillow ignores bands beyond the colors'
         bands = max(bands, image.tag_v2.get(277, 1))     # samples per pixel
-    if image.mode not in MODES_8_BIT or bands > len(image.getbands()):
+    if image.mode in ("F", "RGBX") or bands > len(image.getbands()):
         raise OSError(f"mode {image.mode} of {bands} bands: convert to 8 bits, gray or RGB")
     return v2.functional.pil_to_tensor(image.convert("RGB"))
 
@@ -140,9 +115,11 @@ class ImageDataset(Dataset):
         return decode(path.read_bytes())
 
     def is_readable(self, index: int) -> bool:
-        with contextlib.suppress(OSError):
-            return self.read(index) is not None
-        return False
+        try:
+            self.read(index)
+            return True
+        except OSError:
+            return False
 
     def __getitem__(self, key):
         epoch, index = key
@@ -168,11 +145,7 @@ class ImageDataset(Dataset):
     def mark_unreadable(self, index: int, error: OSError):
         name = ascii(os.fsdecode(self.source[index]))
         tqdm.write(f"skipped, cannot be read: {name} ({error})", file=sys.stderr)
-        before = self.unreadable.sum().item()
         self.unreadable[index] = True
-        if before <= len(self) / 10 < before + 1:
-            tqdm.write(f"warning: more than a tenth of the {len(self)} images cannot be read; "
-                       "others, drawn at random, stand in for them", file=sys.stderr)
 
     def with_transform(self, transform):
         """The same images with another transform."""
@@ -245,8 +218,8 @@ def mixing(mixup: float, cutmix: float, classes: int):
 
 
 class CenterCrop:
-    """For evaluation: resize the shorter side to size / 0.875 (to size, if that is above 224 or
-    without margin), but enlarge it no further than needed; then crop the center, size x size."""
+    """Resize the shorter side to size / 0.875 (to size, if that is above 224 or without margin),
+    but enlarge it no further than needed; then crop the center, size x size."""
 
     def __init__(self, size: int, margin: bool = True):
         self.size = size
@@ -348,9 +321,10 @@ def open_folder(folder: Path, seed: int) -> Splits:
     top, test_top = find_splits(folder)
     seen = set()
     files = np.array(list_images(top, seen), object)
-    names = [Path(file).relative_to(top).parts[0] for file in files]
-    directly = sum(name == Path(file).name for name, file in zip(names, files))
-    classes = sorted(set(names)) if not directly else []
+    parts = [Path(file).relative_to(top).parts for file in files]
+    names = [part[0] for part in parts]
+    directly = sum(len(part) == 1 for part in parts)
+    classes = [] if directly else sorted(set(names))
     labels = np.searchsorted(classes, names) if classes else None
     everything = ImageDataset(files, labels, seed)
     if not any(everything.is_readable(i) for i in range(len(files))):
@@ -382,6 +356,10 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name in ("__MACOSX", "@eaDir", "lost+found")
 
 
+def has_folders(folder: Path) -> bool:
+    return any(path.is_dir() and not is_hidden(path.name) for path in folder.iterdir())
+
+
 def find_splits(folder: Path) -> tuple[Path, Path | None]:
     """The folders of training and test images: `folder` itself and None if it has no such parts.
 
@@ -396,7 +374,7 @@ def find_splits(folder: Path) -> tuple[Path, Path | None]:
         return folder, None
     test = tests[0] if tests else None
     if not test:
-        with_folders = [path for path in parts.values() if any(p.is_dir() for p in path.iterdir())]
+        with_folders = [path for path in parts.values() if has_folders(path)]
         if with_folders != [train]:
             return folder, None
     left_out = sorted(path.name for path in parts.values() if path not in (train, test))
@@ -412,11 +390,10 @@ def list_images(top: Path, seen: set) -> list[str]:
 
     Symbolic links are followed after everything else, so that a file keeps its own place."""
     files = []
-    pending = [str(top)]
-    links = []
+    pending = collections.deque([str(top)])              # folders before links
     hidden = 0
-    while pending or links:
-        path = pending.pop() if pending else links.pop(0)
+    while pending:
+        path = pending.popleft()
         real = os.path.realpath(path)
         if real in seen:
             continue
@@ -428,10 +405,11 @@ def list_images(top: Path, seen: set) -> list[str]:
             is_image = entry.name.lower().endswith(ENDINGS)
             if is_hidden(entry.name):
                 hidden += 1
-            elif entry.is_symlink() and (is_image or entry.is_dir()):
-                links.append(entry.path)
+            elif entry.is_symlink():
+                if is_image or os.path.isdir(entry.path):
+                    pending.append(entry.path)
             elif entry.is_dir():
-                pending.append(entry.path)
+                pending.appendleft(entry.path)
             elif is_image:
                 seen.add(f"{real}/{entry.name}")
                 files.append(entry.path)
@@ -447,18 +425,21 @@ def list_labelled(folder: Path, classes: list, seen: set) -> tuple[list, np.ndar
     tiny = folder / "val_annotations.txt"
     lists = (parent / "LOC_val_solution.csv" for parent in folder.resolve().parents)
     kaggle = next((path for path in lists if path.is_file()), None)
-    has_folders = any(path.is_dir() and not is_hidden(path.name) for path in folder.iterdir())
     if tiny.is_file():                                   # "val_0.JPEG<tab>n03444034<tab>0<tab>..."
         lines = tiny.read_text().split("\n")
         rows = [line.split("\t")[:2] for line in lines if "\t" in line]
         pairs = [(str(folder / "images" / file), name) for file, name in rows if name in number]
-    elif kaggle and not has_folders:                     # "ILSVRC2012_val_00048981,n03995372 85..."
+    elif kaggle and not has_folders(folder):             # "ILSVRC2012_val_00048981,n03995372 85..."
         lines = kaggle.read_text().split("\n")
         rows = [re.split("[, ]", line)[:2] for line in lines[1:] if "," in line]
         pairs = [(str(folder / f"{file}.JPEG"), name) for file, name in rows if name in number]
     else:
         files = list_images(folder, seen)
-        pairs = [(file, Path(file).relative_to(folder).parts[0]) for file in files]
+        parts = [Path(file).relative_to(folder).parts for file in files]
+        if any(len(part) == 1 for part in parts):
+            raise common.UserError(f"{folder} has images outside class folders, so without labels; "
+                                   "move it elsewhere to test on every tenth training image")
+        pairs = [(file, part[0]) for file, part in zip(files, parts)]
         names = {name for _, name in pairs}
         if names - set(classes):
             raise common.UserError(f"{folder} has classes that the training images do not have: "
@@ -486,13 +467,13 @@ class BatchSampler(Sampler):
         return len(self.micro_batches)
 
     def __iter__(self):
-        order_of = None
+        epoch_of_order = None
         for i in self.micro_batches:
             epoch, position = divmod(i, self.per_epoch)
-            if epoch != order_of:
+            if epoch != epoch_of_order:
                 self.sampler.set_epoch(epoch)
                 order = list(self.sampler)
-                order_of = epoch
+                epoch_of_order = epoch
             batch = order[position * self.size:(position + 1) * self.size]
             yield [(epoch, index) for index in batch]
 
@@ -510,9 +491,9 @@ def loader(dataset, batches, workers: int):
     batches: None for an IterableDataset whose items are batches. Raises UserError if a loader
     process dies or shared memory is full."""
     workers = min(workers, max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    how = {"batch_size": None} if batches is None else {"batch_sampler": batches}
+    batching = {"batch_size": None} if batches is None else {"batch_sampler": batches}
     iterator = iter(DataLoader(
-        dataset, **how, num_workers=workers, pin_memory=torch.cuda.is_available(),
+        dataset, **batching, num_workers=workers, pin_memory=torch.cuda.is_available(),
         worker_init_fn=ignore_ctrl_c))
 
     def with_worker_errors():

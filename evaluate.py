@@ -9,17 +9,17 @@
       --no-cached: batch norm and linear, by LARS       crops and flips (MAE's linear probe)
     finetune    encoder, norm and linear layer          crops, RandAugment, MixUp ...
     segment     batch norm and 1x1 convolution          crops and flips, with a class a pixel
-      --no-frozen: the encoder, too
     features    nothing: they are written to a file
 
-Scores are those of the last weights. Nothing is ever chosen on the test images: `linear` chooses
-its learning rate on a tenth of the training images, `knn` shows all k.
+Scores are those of the last weights and, with --ema, of the averaged ones. Nothing is ever chosen
+on the test images: `linear` chooses its learning rate on a tenth of the training images, `knn`
+shows all k.
 
 --checkpoint is a checkpoint of any script here, which says how to build its encoder; or a released
 file in timm's names (MAE, DINO, DeiT, timm's ViTs), whose shapes say it; or `none`: the untrained
 encoder, which finetune trains from scratch. `finetune --eval` trains nothing and scores fine-tuned
 weights or a classifier of supmim.py. --data chooses the preset, as in the other scripts;
---preset another, such as `finetune --data imagenet --preset imagenet-large`.
+--preset chooses another, such as `finetune --data imagenet --preset imagenet-large`.
 
 --pooling says which feature of an image is used: cls, the class token, or mean, the mean of the
 patch tokens; cls-raw, mean-raw: the same before the last norm. `knn` shows all four. `finetune`
@@ -68,6 +68,7 @@ POOLINGS = ("cls", "mean", "cls-raw", "mean-raw")
 NEIGHBORS = (1, 10, 20, 100, 200)                        # k of k-NN; 20 makes the figure
 RATES = [10 ** (i / 2 - 2) for i in range(10)]           # linear: 0.01 to 316, times the run's rate
 IGNORE = 255                                             # segment: the class of unlabelled pixels
+ADE_CLASSES = 150
 
 
 # ----------------------------------------------------------------------------------------- Config
@@ -75,7 +76,7 @@ IGNORE = 255                                             # segment: the class of
 class Config(common.RunConfig):
     protocol: Literal["knn", "linear", "finetune", "segment", "features"] = "knn"  # the first word
     checkpoint: str = "none"      # weights: a checkpoint of ours, a released file, or none
-    data: str = "shapes"          # shapes, cifar10, ..., imagenet, a folder; segment: shapes, ade20k, a folder
+    data: str = "shapes"          # shapes, cifar10, ..., imagenet, a folder; segment: shapes, ade20k
     output: str = ""              # folder of the run; empty: runs/PROTOCOL-CHECKPOINT-DATA
     method: str = ""              # script that builds the encoder; empty: the checkpoint's, else mae
     model: Literal["", "micro", "tiny", "small", "base", "large", "huge"] = ""  # size; empty: the checkpoint's
@@ -86,7 +87,6 @@ class Config(common.RunConfig):
     shots: int = 0                # labelled training images of each class; 0: all
     percent: float = 100.0        # share of the labelled training images of each class
     cached: bool = True           # linear: on features made once; no: MAE's probe (its settings: --preset imagenet)
-    frozen: bool = True           # segment: train the head alone; no: the encoder, too
     eval: bool = False            # finetune: only score the classifier in the checkpoint
 
     batch_size: int = 256         # images in an optimizer step, of all processes and micro-batches
@@ -97,12 +97,12 @@ class Config(common.RunConfig):
     min_lr: float = 0.0           # learning rate at the end
     weight_decay: float = 0.0     # on matrices only
     beta2: float = 0.999          # finetune, segment: AdamW's
-    layer_decay: float = 1.0      # finetune, segment: factor on the learning rate from a block to the one below
-    drop_path: float = 0.0        # finetune, segment: probability to drop a branch of the last block; first block: 0
+    layer_decay: float = 1.0      # finetune: factor on the learning rate from a block to the one below
+    drop_path: float = 0.0        # finetune: probability to drop a branch of the last block; first block: 0
     ema: float = 0.0              # finetune: decay of averaged weights, scored beside the last ones; 0: none
     eval_every: int = 1           # finetune, MAE's linear: epochs between scores of the test images
 
-    crop_scale: float = 1.0       # smallest fraction of the area that the random crop keeps; 1: no crop
+    crop_scale: float = 1.0       # smallest fraction of the area that the random crop keeps; 1: the center crop
     randaugment: int = 0          # finetune: magnitude, 0 (none) to 10
     erasing: float = 0.0          # finetune: probability to erase a rectangle
     mixup: float = 0.0            # finetune: alpha; 0: none
@@ -122,8 +122,8 @@ class Config(common.RunConfig):
 
 
 def default_output(cfg: Config) -> str:
-    """runs/PROTOCOL-NAME-DATA, where NAME is the file's or, of a run's file, the run's. What ends
-    in different figures must not share a folder."""
+    """runs/PROTOCOL-NAME-DATA, where NAME is that of the run which wrote the file, else the
+    file's."""
     file = Path(cfg.checkpoint).resolve()
     data_name = Path(cfg.data).resolve().name
     name = file.stem
@@ -183,13 +183,9 @@ PRESETS = {
     },
     "segment": {
         "shapes": SEGMENT | dict(epochs=6, batch_size=64, base_lr=8e-3, crop_scale=1.0),    # ours
-        "folder": SEGMENT | dict(workers=4),                                                # ours
+        "folder": SEGMENT,               # for an open_masked_images of your own
         # DINOv2's length, 40,000 steps, 1,500 of them warm-up
         "ade20k": SEGMENT | dict(image_size=512, epochs=32, warmup_epochs=1.2, workers=8),
-        # MAE's settings for UperNet, 1e-4 for a batch of 16 and 160,000 steps, on a linear head
-        "ade20k-trained": SEGMENT | dict(frozen=False, image_size=512, epochs=127,
-                                         warmup_epochs=1.2, base_lr=16e-4, weight_decay=0.05,
-                                         layer_decay=0.65, drop_path=0.1, workers=8),
     },
 }
 
@@ -212,9 +208,9 @@ def load_encoder(cfg: Config):
     script = import_script(method, cfg.checkpoint)
     changes = {"model": cfg.model, "image_size": cfg.image_size, "patch_size": cfg.patch_size}
     changes = {name: value for name, value in changes.items() if value}
+    if hasattr(script.Config, "drop_path"):
+        changes["drop_path"] = 0.0                       # fine-tuning adds its own
     if is_ours:
-        if "drop_path" in saved["config"]:
-            changes["drop_path"] = 0.0                   # fine-tuning adds its own
         config = config_from(script.Config, saved["config"], **changes)
     elif weights:
         settings = released_settings(cfg, script, saved, weights)
@@ -245,8 +241,8 @@ def load_encoder(cfg: Config):
 def import_script(method: str, checkpoint: str):
     """The module of a method. Raises UserError if there is none."""
     if method.startswith("evaluate"):
-        raise common.UserError(f"{checkpoint} is for resuming a run of evaluate.py; the classifier "
-                               "that was trained is finetuned.pt beside it")
+        raise common.UserError(f"{checkpoint} is for resuming a run of evaluate.py; what finetune "
+                               "trains is finetuned.pt")
     file = Path(__file__).parent / f"{method}.py"
     if method in ("common", "data") or not file.is_file():
         raise common.UserError(f"no script {method}.py, which --method or the checkpoint asks for")
@@ -680,7 +676,7 @@ def layer_decay_groups(model, weight_decay: float, decay: float) -> list[dict]:
 
     Vectors, positions and the class token are not decayed (MAE, released code)."""
     depth = len(model.encoder.blocks)
-    below = ("cls_token", "pos_embed", "patch_embed", "rel_pos_bias")
+    below = ("cls_token", "pos_embed", "patch_embed")
     groups = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -840,32 +836,28 @@ class MaskedImages(data.ImageDataset):
     """Images with a class for each pixel; an item is ((image uint8 (3, H, W), classes uint8
     (H, W)), -1, index).
 
-    masks: uint8 tensor (n, H, W), or files of one byte a pixel, less than `classes` or IGNORE. With
-    zero_is_ignored, 0 is IGNORE and the classes count from 1 (ADE20K)."""
+    masks: uint8 tensor (n, H, W) of classes from 0; or files of one byte a pixel, where 0 is
+    unlabelled and the classes count from 1, as ADE20K's."""
 
-    def __init__(self, source, masks, classes: int, seed=0, zero_is_ignored=False):
+    def __init__(self, source, masks, classes: int, seed=0):
         super().__init__(source, None, seed)
         self.masks = masks
         self.classes = classes
-        self.zero_is_ignored = zero_is_ignored
 
     def read_mask(self, index: int) -> torch.Tensor:
         """Classes uint8 (H, W). Raises OSError if they cannot be read or are something else."""
         if torch.is_tensor(self.masks):
             return self.masks[index]
+        if not Path(self.masks[index]).is_file():        # a named pipe would never end
+            raise OSError("mask: no such file, or not a regular one")
         try:
-            with Image.open(self.masks[index]) as image:
+            with Image.open(self.masks[index], formats=data.FORMATS) as image:
                 mask = torch.from_numpy(np.array(image))
         except Exception as error:                       # a damaged file can raise nearly anything
             raise OSError(f"mask: {common.first_line(error)}") from error
         if mask.ndim != 2 or mask.dtype != torch.uint8:
             raise OSError(f"mask is {mask.dtype} {tuple(mask.shape)}, not one byte a pixel")
-        if self.zero_is_ignored:
-            mask = mask - 1                              # 0 becomes 255: bytes wrap around
-        highest = highest_class(mask)
-        if highest >= self.classes:
-            raise OSError(f"mask holds class {highest}, classes are 0 to {self.classes - 1}")
-        return mask
+        return mask - 1                                  # 0 becomes IGNORE: bytes wrap around
 
     def read(self, index):
         image = super().read(index)
@@ -875,51 +867,24 @@ class MaskedImages(data.ImageDataset):
         return tv_tensors.Image(image), tv_tensors.Mask(mask)    # transformed together
 
 
-def highest_class(mask) -> int:
-    """The highest class of a mask; 0 if all is IGNORE."""
-    counted = mask[mask != IGNORE]
-    return int(counted.max()) if len(counted) else 0
-
-
 def open_masked_images(cfg: Config) -> tuple[MaskedImages, MaskedImages]:
-    """Training and test images of shapes, ade20k or a folder.
-
-    A folder holds images/ and masks/ (or annotations/) with files of the same names, either flat
-    (every tenth is kept for testing) or in training/ and validation/ (or train/ and val/).
-    Raises UserError on another one."""
+    """Training and test images of shapes or ade20k. Raises UserError if there are none."""
     if cfg.data == "shapes":
         return masked_shapes("train", 10_000, cfg.seed), masked_shapes("test", 2_000, cfg.seed)
-    is_ade = cfg.data == "ade20k"
-    folder = Path(cfg.data_root, "ADEChallengeData2016") if is_ade else Path(cfg.data)
-    masks = folder / "masks"
-    if not masks.is_dir():
-        masks = folder / "annotations"
-    if not masks.is_dir() or not (folder / "images").is_dir():
-        raise common.UserError(f"no images/ and masks/ (or annotations/) in {folder}; --data is a "
-                               "folder of these or one of shapes, ade20k")
-    train_pairs = find_pairs(folder / "images", masks, ("training", "train", "."))
-    test_pairs = find_pairs(folder / "images", masks, ("validation", "val"))
-    if not test_pairs:
-        common.log(f"{folder} has no validation/: every tenth image is kept for testing")
-        test_pairs = train_pairs[9::10]
-        del train_pairs[9::10]
-    if not test_pairs:
-        raise common.UserError(f"{folder}: {len(train_pairs)} images with masks are too few to "
-                               "keep a tenth for testing")
-    classes = 150 if is_ade else IGNORE
-    train_images, train_masks = zip(*train_pairs)
-    test_images, test_masks = zip(*test_pairs)
-    train = MaskedImages(train_images, train_masks, classes, cfg.seed, zero_is_ignored=is_ade)
-    test = MaskedImages(test_images, test_masks, classes, cfg.seed, zero_is_ignored=is_ade)
-    if not is_ade:
-        classes = max(count_classes(train), count_classes(test))
-        train.classes = classes
-        test.classes = classes
-    if classes < 2:
-        raise common.UserError(f"the masks in {masks} hold one class besides {IGNORE}, which is "
-                               "ignored; a mask's pixels are 0, 1, ... for the classes")
-    common.log(f"{folder}: {len(train)} images to train on, {len(test)} to test on, "
-               f"{classes} classes")
+    if cfg.data != "ade20k":
+        raise common.UserError("segment is for --data shapes and ade20k; for other masks edit "
+                               "open_masked_images")
+    folder = Path(cfg.data_root, "ADEChallengeData2016")
+    splits = []
+    for part in ("training", "validation"):
+        masks = sorted((folder / "annotations" / part).glob("*.png"))
+        if not masks:
+            raise common.UserError(f"no masks in {folder}/annotations/{part}; --data-root says "
+                                   "where ADEChallengeData2016 is")
+        images = [folder / "images" / part / f"{mask.stem}.jpg" for mask in masks]
+        splits.append(MaskedImages(images, masks, ADE_CLASSES, cfg.seed))
+    train, test = splits
+    common.log(f"{folder}: {len(train)} images to train on, {len(test)} to test on")
     return train, test
 
 
@@ -929,34 +894,6 @@ def masked_shapes(split: str, count: int, seed: int) -> MaskedImages:
     masks = shapes["mask"] * (shapes["shape"] + 1)[:, None, None]              # (count, 32, 32)
     images = torch.from_numpy(shapes["image"])
     return MaskedImages(images, torch.from_numpy(masks).byte(), 1 + len(data.SHAPES), seed)
-
-
-def find_pairs(images: Path, masks: Path, parts: tuple) -> list:
-    """(image, mask) files of the same name in the first of the parts (folders) that masks/ has; []
-    if it has none. Raises UserError if no two names are the same."""
-    part = next((part for part in parts if (masks / part).is_dir()), None)
-    if part is None:
-        return []
-    mask_of = {path.stem: path for path in sorted((masks / part).glob("*"))
-               if path.suffix.lower() in data.ENDINGS}
-    pairs = [(path, mask_of[path.stem]) for path in sorted((images / part).glob("*"))
-             if path.suffix.lower() in data.ENDINGS and path.stem in mask_of]
-    if not pairs:
-        raise common.UserError(f"no image in {images / part} has a mask of its name in "
-                               f"{masks / part}")
-    return pairs
-
-
-def count_classes(dataset: MaskedImages) -> int:
-    """One more than the highest class in any mask. Masks that cannot be read are named later."""
-    highest = 0
-    for index in tqdm(range(len(dataset)), "classes", leave=False,
-                      disable=None if common.rank() == 0 else True):
-        try:
-            highest = max(highest, highest_class(dataset.read_mask(index)))
-        except OSError:
-            continue
-    return highest + 1
 
 
 class Segmenter(nn.Module):
@@ -1043,8 +980,8 @@ def count_pixels(cfg: Config, model, dataset: MaskedImages, device):
 
 
 def segment(cfg: Config, encoder, device) -> dict:
-    """Train a linear head on the map of patch tokens, and with --no-frozen the encoder, too: mean
-    intersection over union and accuracy of the pixels, in percent."""
+    """Train a linear head on the map of patch tokens: mean intersection over union and accuracy of
+    the pixels, in percent."""
     train, test = open_masked_images(cfg)
     classes = train.classes
     crop = [v2.Resize(cfg.image_size, data.BICUBIC), v2.CenterCrop(cfg.image_size)]
@@ -1053,15 +990,11 @@ def segment(cfg: Config, encoder, device) -> dict:
                                      interpolation=data.BICUBIC)]
     train.transform = v2.Compose([*crop, v2.RandomHorizontalFlip()])
     name = f"evaluate, encoder {digest(encoder)}"
-    model = Segmenter(encoder.requires_grad_(not cfg.frozen), classes).to(device)
-    trained = model.head
-    if not cfg.frozen:
-        common.add_drop_path(encoder.blocks, cfg.drop_path)
-        trained = model
-    groups = layer_decay_groups(model, cfg.weight_decay, cfg.layer_decay)
+    model = Segmenter(encoder.requires_grad_(False), classes).to(device)
+    groups = common.parameter_groups(model.head, cfg.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, cfg.beta2), fused=True)
     steps_per_epoch = common.plan_steps(cfg, len(train))
-    run = common.Run(name, cfg, trained, optimizer, steps_per_epoch)
+    run = common.Run(name, cfg, model.head, optimizer, steps_per_epoch)
     common.log(f"{common.count_parameters(model):,} parameters are trained")
     if common.wants_compile(cfg, device):
         model.compile()
@@ -1073,7 +1006,6 @@ def segment(cfg: Config, encoder, device) -> dict:
         lr = common.set_lr(optimizer, cfg, step, steps_per_epoch, cfg.min_lr, "linear")
         step_loss = 0.0
         for i, ((images, masks), _, _) in enumerate(micro_batches):
-            torch.manual_seed(common.derive_seed(cfg.seed, step, i, common.rank()))  # of drop path
             images = data.to_device(images, device)
             masks = masks.to(device, non_blocking=True).long()                 # (B, H, W)
             with common.sync_on_last(network, i, cfg.accumulate):

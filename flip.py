@@ -72,9 +72,9 @@ import data
 # ----------------------------------------------------------------------------------------- Config
 @dataclass
 class Config(common.RunConfig):
-    data: str = "shapes"          # shapes; .csv or .tsv of pairs; COCO's .json; tar shards; imagenet; class folders
+    data: str = "shapes"          # shapes; .csv, .tsv; COCO's .json; tar shards; imagenet; class folders
     image_root: str = ""          # what relative paths in a table start from; empty: the table's folder
-    test_data: str = ""           # table of pairs for retrieval at the end; empty: of a table every tenth, at most 1,000
+    test_data: str = ""           # table of pairs for retrieval at the end; empty: a tenth of --data's table
     test_root: str = ""           # what relative paths in --test-data start from; empty: its folder
     zero_shot: str = ""           # checkpoint to score on --data; nothing is trained
     templates: str = ""           # file of prompts with {} for the class, one a line; empty: the paper's seven

@@ -63,7 +63,6 @@ CASES = {                                                # script, arguments
     "finetune, distilled": ("evaluate", ["finetune", "--preset", "imagenet-distilled",
                                          "--method", "maskdistill"]),
     "segment": ("evaluate", ["segment"]),
-    "segment, trained": ("evaluate", ["segment", "--no-frozen"]),
 }
 # Functions of the scripts that make data sets; that run once an epoch or less; that are left out.
 REAL = {"flip": ["open_source"], "evaluate": ["open_masked_images"]}

@@ -523,7 +523,7 @@ with common.command_line():
     (["--mask-ratio=1"], "mask_ratio 1.0 leaves nothing to see of 16 patches"),
     (["--min-block=7"], "min_block 7 is more than the 6 masked"),
     (["--teacher=nothing.pt"], "no file nothing.pt"),
-    (["--morph=2"], "did you mean --morphs?")])
+    (["--morph=2"], "unrecognized arguments: --morph=2")])
 def test_a_users_mistake_is_one_line(photos, capfd, argv, words):
     with pytest.raises(SystemExit) as stop:
         dtm.main(["--data=photos", "--preset=shapes", "--batch-size=10", *argv])

@@ -8,6 +8,7 @@ import runpy
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,7 @@ def small_models(monkeypatch):
     decoder = dict(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
     monkeypatch.setitem(mae.PRESETS, "imagenet", mae.PRESETS["imagenet"] | decoder)
     monkeypatch.setattr(common, "LOG_EVERY", 1)
+    monkeypatch.setattr(evaluate, "ADE_CLASSES", 3)
 
 
 def vit():
@@ -58,16 +60,25 @@ def save(path, array):
 
 
 def save_masked_images(count, classes=3, unlabelled=False):
-    """masks/images and masks/masks: noise of two shapes. unlabelled: some pixels are of class 255,
-    not equally many in each mask."""
+    """Noise of two shapes as ADE20K is laid out; every tenth is one to test on. unlabelled: some
+    pixels, not equally many in each mask."""
     random = np.random.RandomState(0)
     for i in range(count):
         height = 16 + i % 2
-        save(Path(f"masks/images/{i:02}.png"), random.randint(0, 255, (height, 24, 3)))
-        mask = random.randint(0, classes, (height, 24))
+        image = random.randint(0, 255, (height, 24, 3))
+        mask = 1 + random.randint(0, classes, (height, 24))
         if unlabelled:
-            mask[random.rand(height, 24) < i / (2 * count)] = 255
-        save(Path(f"masks/masks/{i:02}.png"), mask)
+            mask[random.rand(height, 24) < i / (2 * count)] = 0
+        save_masked_image(f"{i:02}", "validation" if i % 10 == 9 else "training", image, mask)
+
+
+def save_masked_image(name, part, image, mask):
+    folder = Path("masks/ADEChallengeData2016")
+    save(folder / "images" / part / f"{name}.jpg", image)
+    save(folder / "annotations" / part / f"{name}.png", mask)
+
+
+MASKS = dict(data="ade20k", data_root="masks")
 
 
 # ------------------------------------------------------------------------------------- optimizers
@@ -374,67 +385,38 @@ def test_every_tenth_of_each_class():
 
 
 # ------------------------------------------------------------------------------------------- masks
-def test_ade20k(tmp_path):
-    folder = tmp_path / "ADEChallengeData2016"
-    for split, count in (("training", 3), ("validation", 2)):
+def test_ade20k(in_tmp, monkeypatch):
+    monkeypatch.setattr(evaluate, "ADE_CLASSES", 150)
+    for part, count in (("training", 3), ("validation", 2)):
         for i in range(count):
-            save(folder / "images" / split / f"{i}.jpg", np.zeros((2, 2, 3)))
-            save(folder / "annotations" / split / f"{i}.png", [[0, 1], [150, 7]])
-    cfg = evaluate.Config(protocol="segment", data="ade20k", data_root=str(tmp_path))
+            save_masked_image(str(i), part, np.zeros((2, 2, 3)), [[0, 1], [150, 7]])
+    cfg = evaluate.Config(protocol="segment", **MASKS)
     train, test = evaluate.open_masked_images(cfg)
     assert (len(train), len(test), train.classes, test.classes) == (3, 2, 150, 150)
     (image, mask), _, _ = test[0, 1]
     assert image.shape == (3, 2, 2) and mask.tolist() == [[255, 0], [149, 6]]
-
-
-def test_folder_of_images_and_masks(tmp_path):
-    for i in range(20):
-        save(tmp_path / "images" / f"{i:02}.jpg", np.full((12, 9, 3), 10 * i))
-        save(tmp_path / "masks" / f"{i:02}.png", np.full((12, 9), 255 if i == 3 else i % 4))
-    save(tmp_path / "images/lonely.jpg", np.zeros((4, 4, 3)))
-    (tmp_path / "masks/05.png").write_text("text")       # named when it is needed
-    cfg = evaluate.Config(protocol="segment", data=str(tmp_path), image_size=8)
-    train, test = evaluate.open_masked_images(cfg)
-    assert (len(train), len(test), train.classes, test.classes) == (18, 2, 4, 4)
-    assert [train[0, i][0][1].max().item() for i in range(4)] == [0, 1, 2, 255]
-    crop = v2.RandomResizedCrop(8, (0.3, 1))
-    train.transform = v2.Compose([crop, v2.RandomHorizontalFlip()])
-    (image, mask), _, _ = train[0, 0]
-    assert image.shape == (3, 8, 8) and mask.shape == (8, 8)
-    save(tmp_path / "masks/00.png", np.zeros((3, 3)))    # of another size: named, skipped, counted
-    (_, mask), _, index = train[0, 0]                    # one drawn by (seed, epoch, index) instead
-    assert index == np.random.RandomState(common.derive_seed(0, 0, 0)).randint(18) != 0
-    assert mask.unique().tolist() == train.read_mask(index).unique().tolist()
-    assert train.unreadable.nonzero().flatten().tolist() == [0]
-    with pytest.raises(common.UserError, match="no images/ and masks/"):
-        evaluate.open_masked_images(evaluate.Config(protocol="segment", data="nowhere"))
-    save(tmp_path / "masks/validation/other.png", np.zeros((12, 9)))
-    with pytest.raises(common.UserError, match="no image in .*validation has a mask of its name"):
-        evaluate.open_masked_images(cfg)
+    for changes, match in ((dict(data_root="nowhere"), "no masks in nowhere/ADEChallengeData2016"),
+                           (dict(data="masks"), "segment is for --data shapes and ade20k")):
+        with pytest.raises(common.UserError, match=match):
+            evaluate.open_masked_images(replace(cfg, **changes))
 
 
 @pytest.mark.parametrize("mask, words", [
-    (np.full((4, 4), 7), "holds class 7, classes are 0 to 2"),
-    (np.zeros((4, 4, 3)), "not one byte a pixel"),
-    (np.zeros((3, 4)), "has (3, 4) pixels"), (None, "mask: ")])
+    (np.zeros((4, 4, 3)), "not one byte a pixel"), (np.zeros((3, 4)), "has (3, 4) pixels"),
+    ("text", "cannot identify image file"), ("%!PS-Adobe-3.0 EPSF-3.0\n", "cannot identify"),
+    (None, "mask: no such file, or not a regular one")])
 def test_masks_that_cannot_be_used(tmp_path, mask, words):
     save(tmp_path / "a.png", np.zeros((4, 4, 3)))
     if mask is None:
-        (tmp_path / "mask.png").write_text("text")
+        os.mkfifo(tmp_path / "mask.png")
+    elif isinstance(mask, str):
+        (tmp_path / "mask.png").write_text(mask)
     else:
         save(tmp_path / "mask.png", mask)
     dataset = evaluate.MaskedImages([tmp_path / "a.png"], [tmp_path / "mask.png"], 3)
     with pytest.raises(OSError) as error:
         dataset.read(0)
     assert words in str(error.value)
-
-
-def test_masks_of_black_and_white_are_refused(tmp_path):
-    for i in range(10):
-        save(tmp_path / "images" / f"{i}.png", np.zeros((4, 4, 3)))
-        save(tmp_path / "masks" / f"{i}.png", 255 * np.eye(4))
-    with pytest.raises(common.UserError, match="one class besides 255"):
-        evaluate.open_masked_images(evaluate.Config(protocol="segment", data=str(tmp_path)))
 
 
 def test_image_and_mask_are_cropped_alike():
@@ -545,8 +527,8 @@ def test_other_image_size_resizes_positions(tmp_path):
     (["blocks.1.norm1.bias"], {}, "missing 1 [blocks.*.norm1.bias]"),
     (["norm.weight"], {}, "missing 1 [norm.weight]"),
     ([], {"dist_token": torch.zeros(1)}, "unexpected 1 [dist_token]"),
-    ([], {"pos_embed": torch.zeros(1, 18, 16)}, "pos_embed has 17 rows for patches"),
-    ([], {"pos_embed": torch.zeros(1, 16, 16)}, "pos_embed has no row for the class token"),
+    ([], {"pos_embed": torch.zeros(1, 18, 16)}, "pos_embed has 17 rows besides the class token's"),
+    ([], {"pos_embed": torch.zeros(1, 16, 16)}, "pos_embed has 15 rows besides"),
     ([], {"pos_embed": torch.zeros(1, 17, 8)}, "of another size 1 [pos_embed]"),
     ([], {"pos_embed": torch.zeros(3)}, "no Vision Transformer"),
     ([], {"cls_token": torch.zeros(1, 1, 8)}, "of another size 1 [cls_token]"),
@@ -695,7 +677,7 @@ def test_every_protocol(photos, capsys, monkeypatch, protocol, cached, figure): 
     changes = dict(cached=cached)
     if protocol == "segment":
         save_masked_images(12)
-        changes = dict(data="masks", crop_scale=0.5)
+        changes = MASKS | dict(crop_scale=0.5)
     honest = evaluate.load_encoder
     loaded = []
 
@@ -732,7 +714,7 @@ def test_bf16_by_default_where_it_is_fast(photos, monkeypatch, protocol, cached,
     changes = dict(cached=cached, epochs=2)
     if protocol == "segment":
         save_masked_images(12)
-        changes["data"] = "masks"
+        changes |= MASKS
     honest = evaluate.load_encoder
     seen = set()
 
@@ -1054,19 +1036,18 @@ def test_recipe_of_the_sweep(photos, scored):            # noqa: F811
     torch.testing.assert_close(scored[-1], logits_of[best], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("frozen", [True, False])
-def test_recipe_of_segmentation(in_tmp, frozen):
-    """Decay per layer, drop path, a straight line of rates; pixels of class 255 do not count."""
+def test_recipe_of_segmentation(in_tmp):
+    """A straight line of rates; unlabelled pixels do not count."""
     save_masked_images(20, unlabelled=True)
     encoder = drawn_encoder()
-    result = evaluated("segment", **RECIPE | dict(batch_size=6), data="masks", frozen=frozen,
-                       crop_scale=0.5, drop_path=0.5, base_lr=0.8, min_lr=0.01, weight_decay=2.0,
-                       beta2=0.9, layer_decay=0.5)       # 18 to train on: 3 steps an epoch
+    changes = RECIPE | MASKS | dict(batch_size=6)        # 18 to train on: 3 steps an epoch
+    result = evaluated("segment", **changes, crop_scale=0.5, base_lr=0.8, min_lr=0.01,
+                       weight_decay=2.0, beta2=0.9)
     torch.manual_seed(0)
-    model = evaluate.Segmenter(encoder.requires_grad_(not frozen), 3)
-    groups = groups_of(model.head if frozen else model, 0.5, 2.0)
+    model = evaluate.Segmenter(encoder.requires_grad_(False), 3)
+    groups = groups_of(model.head, 0.5, 2.0)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.9), eps=1e-8)
-    cfg = evaluate.Config(protocol="segment", data="masks", image_size=16)
+    cfg = evaluate.Config(protocol="segment", image_size=16, **MASKS)
     train, test = evaluate.open_masked_images(cfg)
     crop = v2.RandomResizedCrop(16, (0.5, 1.0), interpolation=data.BICUBIC)
     train.transform = v2.Compose([crop, v2.RandomHorizontalFlip()])
@@ -1076,25 +1057,20 @@ def test_recipe_of_segmentation(in_tmp, frozen):
         images = torch.stack(images)
         masks = torch.stack(masks).long()
         torch.manual_seed(seed_of(0, step))
-        tokens = tokens_of(encoder, (images / 255 - MEAN) / STD, 0.0 if frozen else 0.5)
+        tokens = tokens_of(encoder, (images / 255 - MEAN) / STD, 0.0)
         maps = encoder.norm(tokens)[:, 1:].reshape(6, 4, 4, 16).permute(0, 3, 1, 2)
         logits = F.interpolate(model.head(maps), (16, 16), mode="bilinear")    # (6, 3, 16, 16)
         logits = logits.permute(0, 2, 3, 1)[masks != 255]                      # (pixels, 3)
         F.cross_entropy(logits, masks[masks != 255]).backward()
         adam_step(optimizer, rate(step, 0.8 * 6 / 256, 0.01, "linear", steps=3))
     saved = checkpoint("eval-segment")["model"]
-    expected = (model.head if frozen else model).state_dict()
+    expected = model.head.state_dict()
     assert expected.keys() == saved.keys()
-    no_effect = ("encoder.norm.weight", "encoder.norm.bias", "head.0.running_mean",
-                 "head.0.running_var")                   # on a batch normalised anew
-    close({name: value for name, value in expected.items() if name not in no_effect}, saved)
-    groups = evaluate.layer_decay_groups(model, 2.0, 0.5)
-    expected = averages(optimizer)
-    if frozen:
-        expected = {f"head.{name}": value for name, value in expected.items()}
-    close(expected, saved_averages("eval-segment", model, groups))
+    close(expected, saved)
+    groups = common.parameter_groups(model.head, 2.0)
+    close(averages(optimizer), saved_averages("eval-segment", model.head, groups))
 
-    (model.head if frozen else model).load_state_dict(saved)
+    model.head.load_state_dict(saved)
     model.eval()                                         # nothing is dropped while it is scored
     correct = 0
     counted = 0
@@ -1193,16 +1169,14 @@ def test_segmentation_of_shapes(in_tmp, monkeypatch):
     assert metrics["miou"] > 0
     names = checkpoint("eval-segment")["model"].keys()
     assert not any(name.startswith("encoder") for name in names)
-    evaluated("segment", data="shapes", frozen=False, max_steps=1, output="trained")
-    names = checkpoint("trained")["model"].keys()
-    assert any(name.startswith("encoder.blocks") for name in names)
 
 
 def test_a_batch_without_a_counted_pixel(in_tmp):
     for i in range(12):
-        save(Path(f"data/images/{i:02}.png"), np.full((16, 16, 3), 20 * i))
-        save(Path(f"data/masks/{i:02}.png"), np.full((16, 16), 255 if i < 8 else i % 2))
-    assert evaluated("segment", data="data", batch_size=1)["miou"] >= 0
+        part = "validation" if i == 9 else "training"
+        mask = np.full((16, 16), 0 if i < 8 else 1 + i % 2)
+        save_masked_image(f"{i:02}", part, np.full((16, 16, 3), 20 * i), mask)
+    assert evaluated("segment", **MASKS, batch_size=1)["miou"] >= 0
 
 
 def test_another_encoder_at_the_same_path_is_refused(photos):    # noqa: F811
@@ -1235,7 +1209,7 @@ def test_probes_recover_separable_labels(in_tmp):
 
 @pytest.mark.parametrize("protocol, changes", [
     ("finetune", MIXED), ("linear", {}), ("linear", dict(cached=False, crop_scale=0.5)),
-    ("segment", dict(data="masks", crop_scale=0.5, frozen=False, drop_path=0.5, batch_size=4))])
+    ("segment", MASKS | dict(crop_scale=0.5, batch_size=4))])
 def test_training_protocols_resume_bit_for_bit(photos, protocol, changes):    # noqa: F811
     if protocol == "segment":
         save_masked_images(20)                           # 4 steps an epoch, too
@@ -1280,7 +1254,7 @@ def test_fine_tuned_checkpoint_is_scored_again(photos, scored):    # noqa: F811
     evaluated("finetune", checkpoint="eval-finetune/finetuned.pt", max_steps=1, **changes)
     with pytest.raises(common.UserError, match="has no norm for the class token"):
         evaluated("finetune", checkpoint="released.pth", pooling="cls", **changes)
-    with pytest.raises(common.UserError, match="finetuned.pt beside it"):
+    with pytest.raises(common.UserError, match="what finetune trains is finetuned.pt"):
         evaluated("knn", checkpoint="eval-finetune/checkpoint.pt", **changes)
     with pytest.raises(common.UserError, match="no classifier of 2 classes"):
         evaluated("finetune", eval=True, output="again")
@@ -1351,6 +1325,7 @@ from test_evaluate import FAST, VIT, record_seeds, vit
 which = sys.argv[1]
 mae.SIZES["micro"] = (16, 2, 2)
 common.LOG_EVERY = 1
+evaluate.ADE_CLASSES = 3
 
 def run(protocol, output=None, **changes):
     settings = dict(data="photos", output=(output or protocol) + "-" + which) | VIT | FAST | changes
@@ -1369,7 +1344,7 @@ with common.command_line():
     run("finetune", "mixed", mixup=0.8, max_steps=1)
     assert len(seeds) == 1 and seeds[0] == common.derive_seed(0, 0, 0, common.rank())
 
-    cfg = evaluate.Config(protocol="segment", image_size=16, data="masks")
+    cfg = evaluate.Config(protocol="segment", image_size=16, data="ade20k", data_root="masks")
     torch.manual_seed(0)
     model = evaluate.Segmenter(vit(), 3)
     _, test = evaluate.open_masked_images(cfg)
@@ -1412,15 +1387,15 @@ def test_two_processes_score_what_one_does(photos, monkeypatch):      # noqa: F8
 
 @pytest.mark.parametrize("argv, words", [
     (["knnn"], "no protocol knnn; there are knn, features, linear"),
-    (["linear", "--checkpont=x"], "did you mean --checkpoint?"),
+    (["linear", "--checkpont=x"], "unrecognized arguments: --checkpont=x"),
     (["knn", "--protocol=linear"], "first word"),
-    (["knn", "--depth=4"], "unknown argument --depth"),
+    (["knn", "--depth=4"], "unrecognized arguments: --depth"),
     (["knn", "--checkpoint=nothing.pt"], "no file nothing.pt"),
     (["knn", "--checkpoint=text.pt"], "no file of weights"),
     (["knn", "--method=nothing"], "no script nothing.py"),
     (["knn", "--method=common"], "no script"), (["knn", "--method=data"], "no script"),
     (["knn", "--data=flat"], "no labelled images"),
-    (["segment", "--data=flat"], "no images/ and masks/"),
+    (["segment", "--data=flat"], "segment is for --data shapes and ade20k"),
     (["features", "--data=nowhere"], "no folder nowhere"),
     (["linear", "--percent=-1"], "percent is -1.0"),
     (["features", "--shots=2"], "are for knn, linear and finetune"),

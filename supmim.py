@@ -565,7 +565,6 @@ def train(cfg: Config) -> dict:
             write_losses(run, step + 1, losses)
         run.end_step(step, step_loss, lr, score)
         if writes_image and (run.scores or step + 1 == run.last_step):
-            model.eval()                                 # no drop path
             save_visualization(model, samples, sample_noise, centers,
                                run.folder / "reconstruction.png")
 

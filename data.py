@@ -8,7 +8,6 @@ import collections
 import copy
 import functools
 import io
-import math
 import os
 import re
 import signal

@@ -3,8 +3,8 @@
 CLIP, but a random half of each image's patches is left out before the image tower, and nothing is
 put in its place. The two towers learn features whose cosine is high for an image and its own
 caption, and low for the other captions of the batch. Half the patches cost about half as much: the
-same time buys more pairs, in larger batches. Scores are of whole images, if wanted after a little
-more training with these ("unmasked tuning": presets shapes-tune, laion-tune).
+same time buys more pairs, in larger batches. Scores are of whole images; a little more training
+with whole images ("unmasked tuning": presets shapes-tune, laion-tune) prepares for that.
 
     loss = mean over the G pairs of a batch of [CE(s Z W^T, i) + CE(s W Z^T, i)] / 2     (section 3)
            CE: cross-entropy of row i, whose class is i;  s <= 100: learned

@@ -14,7 +14,7 @@ import torch
 
 import common
 import mae
-from conftest import draw, fill, golden
+from conftest import fill, golden
 
 MISC = golden("misc")
 

@@ -1,7 +1,6 @@
 """data.py: decoding, data sets, order and crops, features and their scores, image grids."""
 
 import io
-import json
 import os
 import pickle
 import signal
@@ -9,7 +8,6 @@ import struct
 import sys
 import traceback
 import zlib
-from pathlib import Path
 from types import SimpleNamespace
 from urllib.error import URLError
 

@@ -1,7 +1,6 @@
 """mae.py against the published implementation, hand-made references and its own invariants."""
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest

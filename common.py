@@ -697,9 +697,10 @@ class Run:
             self.start_files()
 
     def open_folder(self) -> bool:
-        """Create and lock the folder; with --no-resume set an old one aside. Whether to resume."""
+        """Create and lock the folder; with --no-resume set an old one aside. Whether to resume: a
+        process that torchrun has restarted does so in any case."""
         restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-        resume = self.cfg.resume or restarted            # torchrun's restart goes on
+        resume = self.cfg.resume or restarted
         if rank() == 0:
             with writing_to(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)

@@ -44,17 +44,15 @@ def decode(data: bytes) -> torch.Tensor:
     JPEG by torchvision, which is faster; other formats by Pillow. EXIF rotation is not applied and
     an alpha channel is dropped, as torchvision does. Of 16 bits a value the high byte is taken."""
     try:
+        if data[:2] == b"\xff\xd8":
+            check_size(*jpeg_size(data))
+            packed = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            return decode_jpeg(packed, mode=ImageReadMode.RGB)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")              # Pillow's, of palettes and the like
-            warnings.simplefilter("error", Image.DecompressionBombWarning)     # of large sizes
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:       # reads the header
-                if max(image.size) > 100 * min(image.size):
-                    raise OSError(f"{image.width} x {image.height} pixels: one side is more than "
-                                  "100 times the other")
-                if data[:2] != b"\xff\xd8":             # no JPEG
-                    return to_rgb(image)
-        packed = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        return decode_jpeg(packed, mode=ImageReadMode.RGB)
+            warnings.simplefilter("ignore")              # Pillow's, of large sizes and of palettes
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                check_size(image.width, image.height)
+                return to_rgb(image)
     except MemoryError:
         raise
     except UnidentifiedImageError as error:
@@ -64,6 +62,32 @@ def decode(data: bytes) -> torch.Tensor:
         raise OSError(f"{'other content' if data else 'an empty file'}, no {kinds}") from error
     except Exception as error:                           # a damaged file can raise nearly anything
         raise OSError(common.first_line(error)) from error
+
+
+def jpeg_size(data: bytes) -> tuple[int, int]:
+    """(width, height) in the header of a JPEG. Pillow takes as long as decoding a small one."""
+    position = 2
+    while position + 9 <= len(data):
+        marker = data[position + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):         # a start of frame
+            height = int.from_bytes(data[position + 5:position + 7], "big")
+            width = int.from_bytes(data[position + 7:position + 9], "big")
+            return width, height
+        if marker == 0xFF:                               # a byte of padding
+            position += 1
+        else:
+            position += 2 + int.from_bytes(data[position + 2:position + 4], "big")
+    raise ValueError("the file ends before the size of the image")
+
+
+def check_size(width: int, height: int):
+    """Raises OSError on sizes that would take too much memory, before anything is decoded."""
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit and width * height > limit:
+        raise OSError(f"{width} x {height} pixels are more than PIL.Image.MAX_IMAGE_PIXELS, "
+                      f"{limit}")
+    if max(width, height) > 100 * min(width, height):
+        raise OSError(f"{width} x {height} pixels: one side is more than 100 times the other")
 
 
 def to_rgb(image: Image.Image) -> torch.Tensor:

@@ -857,7 +857,10 @@ class MaskedImages(data.ImageDataset):
             raise OSError(f"mask: {common.first_line(error)}") from error
         if mask.ndim != 2 or mask.dtype != torch.uint8:
             raise OSError(f"mask is {mask.dtype} {tuple(mask.shape)}, not one byte a pixel")
-        return mask - 1                                  # 0 becomes IGNORE: bytes wrap around
+        mask = mask - 1                                  # 0 becomes IGNORE: bytes wrap around
+        if ((mask >= self.classes) & (mask != IGNORE)).any():
+            raise OSError(f"mask holds more than {self.classes} classes")
+        return mask
 
     def read(self, index):
         image = super().read(index)

@@ -48,6 +48,7 @@ import io
 import itertools
 import json
 import math
+import os
 import random
 import re
 import sys
@@ -540,9 +541,9 @@ def train(cfg: Config) -> dict:
         scores |= data.score_encoders(encoders, source.splits, cfg, device)
     metrics = run.finish(scores)
     path = f"{run.folder}/checkpoint.pt"
-    hint = f"--preset shapes-tune --init {path}"
-    if cfg.preset != "shapes":
-        hint = f"--zero-shot {path} --data FOLDER_OF_CLASSES"
+    hint = f"--zero-shot {path} --data FOLDER_OF_CLASSES"
+    if cfg.data == "shapes":
+        hint = f"--preset shapes-tune --model {cfg.model} --init {path}"
     common.log(f"try next: python flip.py {hint}")
     return metrics
 
@@ -727,14 +728,21 @@ class Shards(IterableDataset):
         seed = common.derive_seed(self.cfg.seed, self.first_step, common.rank(), self.worker, 2)
         rng = random.Random(seed)
         shards = self.draw_shards(rng)
-        samples = webdataset.tariterators.tarfile_samples(shards, handler=self.skip)
+        samples = (sample for shard in shards            # one by one: no pair of two shards' files
+                   for sample in webdataset.tariterators.tarfile_samples([shard], self.skip))
         pairs = webdataset.shuffle(**SHUFFLE, rng=rng)(self.read_captions(samples))
+        unreadable = 0                                   # in a row
         for name, content, texts in pairs:
             try:
                 image = data.decode(content)
             except OSError as error:
                 self.skip(f"{name}: {error}")
+                unreadable += 1
+                if unreadable == 1000:
+                    raise common.UserError(f"{unreadable} images in a row cannot be read, the last "
+                                           f"is {name}: {error}") from error
                 continue
+            unreadable = 0
             yield self.transform(image), self.tokenizer(rng.choice(texts))
 
     def draw_shards(self, rng):
@@ -753,7 +761,7 @@ class Shards(IterableDataset):
             image = next((sample[e[1:]] for e in data.ENDINGS if e[1:] in sample), None)
             try:
                 texts = captions_of(sample)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:        # no UTF-8, no JSON
                 self.skip(f"{name}: {error}")
                 continue
             if image and texts:
@@ -813,6 +821,10 @@ def shard_names(where: str) -> list[str]:
     return names
 
 
+def one_line(text) -> str:
+    return " ".join(plain(text).split())
+
+
 def captions_of(sample: dict) -> list[str]:
     """{ending: bytes} of one sample -> its captions: the lines of txt, else caption in json.
     Raises ValueError."""
@@ -821,16 +833,13 @@ def captions_of(sample: dict) -> list[str]:
     else:
         about = json.loads(sample.get("json", b"{}"))
         texts = [about.get("caption") if isinstance(about, dict) else None]
-    texts = [cleaned(text) for text in texts]
+    texts = [one_line(text) for text in texts]
     return [text for text in texts if text]
 
 
-def cleaned(text) -> str:
-    """A string on one line, without halves of surrogate pairs, which are no Unicode; empty if it is
-    no string."""
-    if not isinstance(text, str):
-        return ""
-    return " ".join(text.encode(errors="replace").decode().split())
+def plain(text) -> str:
+    """A string without halves of surrogate pairs, which are no Unicode; empty if it is none."""
+    return text.encode(errors="replace").decode() if isinstance(text, str) else ""
 
 
 # ----------------------------------------------------------------------------------------- tables
@@ -841,8 +850,8 @@ def read_pairs(where: str, root: str) -> list[tuple[str, list[str]]]:
     folder = Path(root) if root else Path(where).parent
     captions = {}
     for image, caption in rows:
-        image = image.strip() if isinstance(image, str) else ""
-        caption = cleaned(caption)
+        image = plain(image).strip()
+        caption = one_line(caption)
         if image and caption:
             captions.setdefault(str(folder / image), []).append(caption)
     pairs = list(captions.items())
@@ -851,7 +860,7 @@ def read_pairs(where: str, root: str) -> list[tuple[str, list[str]]]:
     if not pairs:
         raise common.UserError(f"no pair of image and caption in {where}")
     first = [path for path, _ in pairs[:100]]
-    if not any(Path(path).is_file() for path in first):
+    if not any(os.path.isfile(path) for path in first):    # Path's raises on too long names
         raise common.UserError(f"none of the first {len(first)} images of {where} is there, e.g. "
                                f"{first[0]}; --image-root says what its paths start from")
     return pairs
@@ -896,7 +905,7 @@ def coco_rows(where: str) -> list[tuple]:
         coco = json.loads(text)
         names = {image["id"]: image["file_name"] for image in coco["images"]}
         return [(names.get(each["image_id"]), each["caption"]) for each in coco["annotations"]]
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise common.UserError(f"{where} does not hold COCO's captions: "
                                f"{common.first_line(error)}") from error
 

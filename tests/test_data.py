@@ -86,13 +86,13 @@ def jpeg(width, height, size=(32, 32), **options):
 
 
 @pytest.mark.parametrize("packed, match", [
-    (jpeg(30000, 30000), "900000000 pixels. exceeds limit of 178956970"),
-    (jpeg(30000, 30000, progressive=True), "900000000 pixels"),
+    (jpeg(30000, 30000), "30000 x 30000 pixels are more than"),
+    (jpeg(30000, 30000, progressive=True), "30000 x 30000"),
     (jpeg(3001, 30), "3001 x 30 pixels: one side"),
     (encoded(Image.new("L", (5000, 1))), "5000 x 1 pixels"),
     (encoded(Image.new("L", (1, 101)), "TIFF"), "1 x 101 pixels"),
     (encoded(Image.new("1", (10000, 10000))),
-     "100000000 pixels. exceeds limit of 89478485"),
+     "10000 x 10000 pixels are more than PIL.Image.MAX_IMAGE_PIXELS, 89478485"),
     (encoded(Image.new("1", (20000, 20000)), "TIFF"),
      "400000000 pixels. exceeds limit of 178956970"),
     (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\nshowpage\n",
@@ -100,9 +100,9 @@ def jpeg(width, height, size=(32, 32), **options):
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "Git LFS pointer"),
     (b"", "an empty file"),
     (b"hello", "other content"),
-    (b"\xff\xd8", "other content"),
-    (b"\xff\xd8\xff\xff\xff", "other content"),
-    (jpeg(9, 9)[:25], "."),
+    (b"\xff\xd8", "the file ends"),
+    (b"\xff\xd8\xff\xff\xff", "the file ends"),
+    (jpeg(9, 9)[:25], "the file ends"),
     (encoded(Image.new("L", (50, 50)))[:60], ".")])
 def test_what_is_refused_and_why(packed, match):
     with pytest.raises(OSError, match=match) as error:
@@ -110,13 +110,22 @@ def test_what_is_refused_and_why(packed, match):
     assert "0x" not in str(error.value) and "\n" not in str(error.value)
 
 
-def test_largest_size_is_settable(monkeypatch):
-    packed = encoded(Image.new("1", (400, 400)))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
-    with pytest.raises(OSError, match="160000 pixels. exceeds limit of 100000"):
-        data.decode(packed)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    assert data.decode(packed).shape == (3, 400, 400)
+def test_jpeg_size():
+    for size in ((31, 50), (640, 1)):
+        for options in ({}, {"progressive": True}, {"exif": b"Exif\0\0" + b"\xff\xc0" * 50},
+                        {"comment": b"x" * 70}):
+            file = io.BytesIO()
+            Image.new("RGB", size).save(file, "JPEG", **options)
+            assert data.jpeg_size(file.getvalue()) == size
+    fill_bytes = b"\xff\xff"                             # before a marker
+    padded = file.getvalue().replace(b"\xff\xc0", fill_bytes + b"\xff\xc0")
+    assert data.jpeg_size(padded) == size
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None                        # settable
+    try:
+        data.check_size(10 ** 6, 10 ** 6)
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 # ------------------------------------------------------------------------------ unreadable images

@@ -402,7 +402,8 @@ def test_ade20k(in_tmp, monkeypatch):
 
 
 @pytest.mark.parametrize("mask, words", [
-    (np.zeros((4, 4, 3)), "not one byte a pixel"), (np.zeros((3, 4)), "has (3, 4) pixels"),
+    (np.full((4, 4), 4), "more than 3 classes"), (np.zeros((4, 4, 3)), "not one byte a pixel"),
+    (np.zeros((3, 4)), "has (3, 4) pixels"),
     ("text", "cannot identify image file"), ("%!PS-Adobe-3.0 EPSF-3.0\n", "cannot identify"),
     (None, "mask: no such file, or not a regular one")])
 def test_masks_that_cannot_be_used(tmp_path, mask, words):

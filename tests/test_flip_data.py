@@ -216,10 +216,10 @@ def test_quotes_in_a_tsv_are_plain_characters(in_tmp):
 def test_incomplete_rows_are_left_out(in_tmp, capfd):
     """And images whose paths cannot be are unreadable ones."""
     Path("0.jpg").write_bytes(jpeg(0)[0])
-    rows = ["0.jpg, one ", "0.jpg,", "1.jpg,", "2.jpg", ",lost", f" {'x' * 5000},long",
+    rows = [f" {'x' * 5000},long", "0.jpg, one ", "0.jpg,", "1.jpg,", "2.jpg", ",lost",
             "away.jpg,two"]
     Path("a.csv").write_text("\n".join([" image, caption", *rows]))
-    assert flip.read_pairs("a.csv", "") == [("0.jpg", ["one"]), ("x" * 5000, ["long"]),
+    assert flip.read_pairs("a.csv", "") == [("x" * 5000, ["long"]), ("0.jpg", ["one"]),
                                             ("away.jpg", ["two"])]
     assert last_line(capfd) == "a.csv: 7 rows gave 3 pairs of 3 images"
     changes = dict(data="a.csv", batch_size=2, max_steps=1, output="run", test_data="a.csv")
@@ -251,20 +251,21 @@ def test_an_unreadable_image_that_is_scored(images):
 def test_coco(images):
     Path("elsewhere").mkdir()
     Path("images/2.jpg").rename("elsewhere/2.jpg")
-    names = {7: "0.jpg", 8: "1.jpg", 9: "2.jpg"}
+    names = {7: "0.jpg", 8: "1.jpg", 9: "2.jpg", 10: "half \ud800.jpg"}
     files = [{"id": i, "file_name": name} for i, name in names.items()]
-    captions = [(7, "a"), (8, "b"), (7, "c"), (1, "d")]
+    captions = [(7, "a"), (8, "b"), (7, "c"), (1, "d"), (10, "e \ud83d")]
     annotations = [{"image_id": i, "caption": text} for i, text in captions]
     Path("coco.json").write_text(json.dumps({"images": files, "annotations": annotations}))
-    expected = [("images/0.jpg", ["a", "c"]), ("images/1.jpg", ["b"])]
+    expected = [("images/0.jpg", ["a", "c"]), ("images/1.jpg", ["b"]),
+                ("images/half ?.jpg", ["e ?"])]          # unreadable
     assert flip.read_pairs("coco.json", "images") == expected
     annotations = [{"image_id": 9, "caption": "e"}]
     Path("val.json").write_text(json.dumps({"images": files, "annotations": annotations}))
     cfg = tiny(data="coco.json", image_root="images", test_data="val.json", test_root="elsewhere")
     source = flip.open_source(cfg, Tokenizer("", 12))
-    assert len(source.splits.pretrain) == 2 and source.retrieval.texts(0) == ["e"]
-    metrics = flip.train(replace(cfg, batch_size=2, max_steps=1, output="run"))
-    assert metrics["image_to_text_1"] == 100 and metrics["unreadable"] == 0
+    assert len(source.splits.pretrain) == 3 and source.retrieval.texts(0) == ["e"]
+    metrics = flip.train(replace(cfg, batch_size=3, max_steps=1, output="run"))
+    assert metrics["image_to_text_1"] == 100 and metrics["unreadable"] == 1
 
 
 # ------------------------------------------------------------------------------ classes and shapes
@@ -483,7 +484,7 @@ def test_what_is_skipped(in_tmp, alone, capfd):
 
 def test_damaged_shards(in_tmp, alone):
     """Cut off, no tar at all, and no such command: counted, and the pairs before the damage are
-    used."""
+    used. A last image does not get the caption of another shard."""
     pytest.importorskip("webdataset")
     pairs = [(f"{i}.{e}", c) for i in range(40) for e, c in (("jpg", jpeg(i)[0]), ("txt", "ok"))]
     write_tar("cut.tar", pairs)
@@ -499,12 +500,20 @@ def test_damaged_shards(in_tmp, alone):
         before = dataset.skipped[0].item()
         list(webdataset.tariterators.tarfile_samples([{"url": name}], handler=dataset.skip))
         assert dataset.skipped[0] > before, name
+    write_tar("image.tar", [("0.jpg", jpeg(0)[0]), ("1.jpg", bytes(3000))])
+    with tarfile.open("image.tar") as tar:
+        somewhere = tar.getmember("1.jpg").offset_data + 1000
+    Path("image.tar").write_bytes(Path("image.tar").read_bytes()[:somewhere])
+    write_tar("caption.tar", [("0.txt", "of another image")])
+    with pytest.raises(common.UserError, match="100 shards in a row hold no image with a caption"):
+        next(open_shards("image.tar::caption.tar").stream())
 
 
 @pytest.mark.parametrize("members, words", [
     ([], "100 shards in a row hold no image with a caption"),
     ([("1.cls", "3")], "100 shards in a row hold no image with a caption"),
-    ([("1.jpg", b"x"), ("2.txt", "a")], "100 shards in a row hold no image with a caption")])
+    ([("1.jpg", b"x"), ("2.txt", "a")], "100 shards in a row hold no image with a caption"),
+    ([("1.jpg", b"x"), ("1.txt", "a")], "1000 images in a row cannot be read, the last is a.tar")])
 def test_shards_without_any_pair_end_the_run(in_tmp, alone, members, words):
     pytest.importorskip("webdataset")
     write_tar("a.tar", members)

@@ -193,8 +193,8 @@ def test_exported_encoder_is_a_vit_in_timms_names(photos, unscored):
 
 
 def test_what_is_written_before_anything_is_scored(photos, monkeypatch):
-    """The image of the last weights, also in the middle of an epoch, and encoder.pt, which a kill
-    may have prevented."""
+    """The image of the last weights, also in the middle of an epoch; encoder.pt, which a kill may
+    have prevented."""
     monkeypatch.setattr(data, "score_encoders", lambda *_: {})
     mae.train(tiny(output="run", max_steps=1))
     early = Path("run/reconstruction.png").read_bytes()

@@ -64,7 +64,7 @@ FAULTS = {
         ("no flip", "steps = [crop, v2.RandomHorizontalFlip()]", "steps = [crop]", f"{DATA} augmentation"),
         ("16 bits are clipped", "gray = torch.from_numpy((values >> 8).astype(np.uint8))", "gray = torch.from_numpy(values.clip(0, 255).astype(np.uint8))", DATA),
         ("stand-ins in a row", "index = int(random.randint(len(self)))", "index = (index + 1) % len(self)", f"{DATA} stand_ins"),
-        ("sizes in headers are not looked at", 'warnings.simplefilter("error", Image.DecompressionBombWarning)', "pass", f"{DATA} refused"),
+        ("sizes in headers are not looked at", "            check_size(*jpeg_size(data))\n", "", f"{DATA} refused"),
         ("training images are tested on", "test = ImageDataset(files[held_out], labels[held_out], seed)", "test = ImageDataset(files, labels, seed)", f"{DATA} tenth"),
         ("links are followed where they are met", "                    pending.append(entry.path)\n", "                    pending.appendleft(entry.path)\n", f"{DATA} links"),
         ("k-NN without a temperature", "((similarity - 1) / temperature).exp()", "(similarity - 1).exp()", f"{DATA} knn"),

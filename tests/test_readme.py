@@ -404,16 +404,17 @@ def test_study(prepared, monkeypatch):
         text = Path(path).read_text()
         assert text.startswith("before\n<!-- study -->\n") and "old" not in text
         assert text.endswith("<!-- /study -->\nafter\n")
-        assert f"| untrained | 1 | {untrained} |" in text
-        assert f"| `mae.py` | 1 | {trained} |" in text
-    assert f"| `mae.py` | 1 | {trained} | {start} | {early} | {late} |\n" in text
+        assert f"| untrained | {untrained} |" in text
+        assert f"| `mae.py` | {trained} |" in text
+    assert f"| `mae.py` | {trained} | {start} | {early} | {late} |\n" in text
     assert Image.open("study.png").width > 500
     with open("study.jsonl", "a") as file:
         file.write(json.dumps(lines[3] | {"seed": 1, "top1": lines[3]["top1"] + 3}) + "\n")
     study.main(["table", "--results", "study.jsonl", "--image", "study.png"])
     text = Path("README.md").read_text()
-    assert f"| `mae.py` | 2 | {lines[3]['top1'] + 1.5:.1f} ± 1.5 |" in text
-    assert f"| untrained | 1 | {untrained} |" in text
+    assert f"| `mae.py` | {lines[3]['top1'] + 1.5:.1f} ± 1.5 |" in text
+    assert f"| untrained | {untrained} |" in text
+    assert "\n\nTop-1 in %; seeds 0, 1: mean ± half the range.\n" in text
 
 
 def test_defaults(in_tmp, monkeypatch, capsys):

@@ -78,7 +78,6 @@ PROTOCOLS = {                                            # flags of evaluate.py,
     "finetune 10 %": (f"finetune --percent 10 {TUNE}", 5),
     "finetune 1 %": (f"finetune --percent 1 {TUNE}", 50),
 }
-SPREAD = "mean of the seeds ± half their range"
 CURVE = (5, 10, 20)                                      # epochs, besides the last
 COLORS = {"mae": "#1f77b4", "amt": "#17becf", "maskdistill": "#d62728", "dtm": "#ff7f0e",
           "flip": "#2ca02c", "supmim": "#9467bd", "supervised": "#555555"}
@@ -252,17 +251,16 @@ def table(args):
 
     methods = [name for name in NAMES if any(method == name for method, _ in scores)]
     short = markdown(scores, [name for name in methods if name not in CONTROLS], [*PROTOCOLS])
-    between_marks(ROOT / "README.md", f"{short}\n\nTop-1 in %: {SPREAD}.")
+    between_marks(ROOT / "README.md", f"{short}\n\nTop-1 in %; {describe_seeds(lines)}.")
     whole = markdown(scores, methods, [*PROTOCOLS, *curve])
     between_marks(ROOT / "tests/measure/results.md", f"{whole}\n\n{describe(lines)}")
     draw_curves(scores, measured, args.image)
 
 
 def markdown(scores: dict, methods: list, columns: list) -> str:
-    rows = [["", "seeds", *columns], ["---"] * (len(columns) + 2)]
+    rows = [["", *columns], ["---"] * (len(columns) + 1)]
     for method in methods:
-        seeds = max(len(scores.get((method, column), [])) for column in columns)
-        row = [NAMES[method], str(seeds)]
+        row = [NAMES[method]]
         for column in columns:
             values = scores.get((method, column), [])
             text = f"{statistics.mean(values):.1f}" if values else ""
@@ -278,9 +276,14 @@ def describe(lines: list) -> str:
     def all_of(key):
         return ", ".join(sorted({str(line[key]) for line in lines}))
 
-    return (f"Top-1 in %: {SPREAD}; {all_of('data')}, {all_of('epochs')} epochs; "
+    return (f"Top-1 in %; {describe_seeds(lines)}; {all_of('data')}, {all_of('epochs')} epochs; "
             f"{all_of('machine')}, {all_of('precision')}, torch {all_of('torch')}, commit "
             f"{all_of('commit')}, {all_of('date')}.")
+
+
+def describe_seeds(lines: list) -> str:
+    seeds = ", ".join(str(seed) for seed in sorted({line["seed"] for line in lines}))
+    return f"seeds {seeds}: mean ± half the range"
 
 
 def between_marks(path: Path, text: str):

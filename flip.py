@@ -728,7 +728,7 @@ class Shards(IterableDataset):
         seed = common.derive_seed(self.cfg.seed, self.first_step, common.rank(), self.worker, 2)
         rng = random.Random(seed)
         shards = self.draw_shards(rng)
-        samples = (sample for shard in shards            # one by one: no pair of two shards' files
+        samples = (sample for shard in shards            # no pair is made of two shards' files
                    for sample in webdataset.tariterators.tarfile_samples([shard], self.skip))
         pairs = webdataset.shuffle(**SHUFFLE, rng=rng)(self.read_captions(samples))
         unreadable = 0                                   # in a row
@@ -771,8 +771,8 @@ class Shards(IterableDataset):
                 self.skip(f"{name}: no image or no caption")
 
     def skip(self, reason) -> bool:
-        """Count what is left out, and name the first. Also called by webdataset, with an exception,
-        when it cannot read a shard; True: go on."""
+        """Count what is left out, and name the first ten. webdataset calls it, too, with an
+        exception, when it cannot read a shard; True: go on."""
         self.skipped[self.worker] += 1
         if self.skipped[self.worker] <= 10:
             tqdm.write(f"skipped (each loader process names its first ten): {ascii(str(reason))}",
@@ -821,6 +821,11 @@ def shard_names(where: str) -> list[str]:
     return names
 
 
+def plain(text) -> str:
+    """A string without halves of surrogate pairs, which are no Unicode; "" if it is no string."""
+    return text.encode(errors="replace").decode() if isinstance(text, str) else ""
+
+
 def one_line(text) -> str:
     return " ".join(plain(text).split())
 
@@ -835,11 +840,6 @@ def captions_of(sample: dict) -> list[str]:
         texts = [about.get("caption") if isinstance(about, dict) else None]
     texts = [one_line(text) for text in texts]
     return [text for text in texts if text]
-
-
-def plain(text) -> str:
-    """A string without halves of surrogate pairs, which are no Unicode; empty if it is none."""
-    return text.encode(errors="replace").decode() if isinstance(text, str) else ""
 
 
 # ----------------------------------------------------------------------------------------- tables

@@ -728,12 +728,12 @@ class Run:
         for path in paths:
             try:
                 if not path.is_file() or not check_archive(path):
-                    raise ValueError("torch.save writes others")
+                    raise ValueError("it is no file that torch.save writes")
                 state = torch.load(path, map_location="cpu", weights_only=True)
                 self.refuse_other_settings(path, state)
                 self.restore(state)
                 return
-            except (UserError, MemoryError):
+            except (UserError, MemoryError, torch.OutOfMemoryError):
                 raise
             except Exception as error:                   # zip, pickle or torch: as the damage is
                 fault = " ".join(str(error).split())[:200]

@@ -68,7 +68,7 @@ POOLINGS = ("cls", "mean", "cls-raw", "mean-raw")
 NEIGHBORS = (1, 10, 20, 100, 200)                        # k of k-NN; 20 makes the figure
 RATES = [10 ** (i / 2 - 2) for i in range(10)]           # linear: 0.01 to 316, times the run's rate
 IGNORE = 255                                             # segment: the class of unlabelled pixels
-ADE_CLASSES = 150
+ADE_CLASSES = 150                                        # segment: ADE20K's
 
 
 # ----------------------------------------------------------------------------------------- Config

@@ -462,8 +462,7 @@ class MaskDistill(VisionTransformer):
         self.beta = beta
         h, w = self.grid
         self.num_masked = int(h * w * mask_ratio)                              # M
-        # four numbers for each of 6 + h tries (with more, one mask in a hundred would differ at a
-        # ratio of 0.4), and one for each patch
+        # four numbers for each of 6 + h tries, which nearly always do, and one for each patch
         self.noise_width = 4 * (6 + h) + h * w
         self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.distill_head = nn.Linear(embed_dim, target_dim)

@@ -564,7 +564,8 @@ def train(cfg: Config) -> dict:
         if (step + 1) % steps_per_epoch == 0:
             write_losses(run, step + 1, losses)
         run.end_step(step, step_loss, lr, score)
-        if writes_image and (run.scores or step + 1 == run.last_step):
+        is_last = step + 1 == run.last_step
+        if writes_image and (run.scores or is_last):
             save_visualization(model, samples, sample_noise, centers,
                                run.folder / "reconstruction.png")
 
